@@ -1,0 +1,16 @@
+"""Backbones that Detectron2 lacks."""
+
+# Importing registers them in Detectron2's BACKBONE_REGISTRY.
+from .basic_resnet import build_basic_resnet_backbone
+from .fpn import (
+    build_basic_resnet_fpn_backbone,
+    build_basic_resnet_fpn_p6p7_backbone,
+    build_resnet_fpn_p6p7_backbone,
+)
+
+__all__ = [
+    "build_basic_resnet_backbone",
+    "build_basic_resnet_fpn_backbone",
+    "build_basic_resnet_fpn_p6p7_backbone",
+    "build_resnet_fpn_p6p7_backbone",
+]

@@ -1,0 +1,84 @@
+"""Detectron2's FCOS, built from a YAML config."""
+
+from typing import Dict, List, Tuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import fcos
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from .visualize import visualize_predictions
+
+
+@META_ARCH_REGISTRY.register()
+class FCOS(fcos.FCOS):
+    """Detectron2's own FCOS with ``MODEL.FCOS`` as its config.
+
+    Its weights interchange with those of Detectron2's ``configs/common/models/fcos.py``. Images
+    without objects can be trained on with release 0.6 as well.
+    """
+
+    @configurable
+    def __init__(self, *, vis_period: int = 0, input_format: str = "BGR", **kwargs):
+        """
+        Args:
+            vis_period: iterations between two pictures of predictions; 0 for none.
+            input_format: channel order of the images, for these pictures.
+            kwargs: the arguments of Detectron2's FCOS.
+        """
+        super().__init__(**kwargs)
+        self.vis_period = vis_period
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict:
+        node = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        shapes = [shapes[name] for name in node.IN_FEATURES]
+        head = fcos.FCOSHead(
+            input_shape=shapes,
+            num_classes=node.NUM_CLASSES,
+            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
+            norm=node.NORM,
+            prior_prob=node.PRIOR_PROB,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": node.IN_FEATURES,
+            "num_classes": node.NUM_CLASSES,
+            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def forward_training(self, images, features, predictions, gt_instances) -> Dict[str, Tensor]:
+        visualize_predictions(self, images, features, predictions, gt_instances)
+        return super().forward_training(images, features, predictions, gt_instances)
+
+    @torch.no_grad()
+    def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple:
+        # Release 0.6 fails on an image without boxes; a box of no size matches no location.
+        return super().label_anchors(anchors, [_at_least_one_box(x) for x in gt_instances])
+
+
+def _at_least_one_box(instances: Instances) -> Instances:
+    if len(instances) > 0:
+        return instances
+    boxes = instances.gt_boxes.tensor
+    return Instances(
+        instances.image_size,
+        gt_boxes=Boxes(boxes.new_zeros(1, 4)),
+        gt_classes=instances.gt_classes.new_zeros(1),
+    )
