@@ -1,0 +1,134 @@
+"""Shapes on disk, in COCO's format.
+
+<folder>/train/000000.jpg …   <folder>/val/…
+<folder>/annotations/instances_{train,val}.json
+<folder>/manifest.json        written last: what was drawn, and that it is complete
+"""
+
+import json
+import logging
+import os
+import shutil
+from typing import Optional
+
+import cv2
+from iopath.common.file_io import file_lock
+from tqdm import tqdm
+
+from d2kd.data.shapes import SPLITS, VERSION, ShapesSpec, draw_image
+from d2kd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+JPEG_QUALITY = 95
+MANIFEST = "manifest.json"
+
+
+def annotation_file(folder: str, split: str) -> str:
+    """Path of the COCO JSON of a split."""
+    return os.path.join(folder, "annotations", f"instances_{split}.json")
+
+
+def prepare_shapes(spec: ShapesSpec, folder: str, seed: Optional[int] = None) -> None:
+    """Make sure that the data set lies complete in a folder; draw it there if the folder is absent.
+
+    Several processes may ask at once: one draws, the others wait for it.
+
+    Args:
+        folder: of the data set itself, for instance ``datasets/shapes_tiny``.
+        seed: of the drawing; None accepts what is there and draws with seed 0.
+
+    Raises:
+        UserError: the folder holds something else (never overwritten) or cannot be written.
+    """
+    folder = os.path.abspath(folder)
+    if _is_complete(spec, folder, seed):
+        return
+    try:
+        with file_lock(folder):
+            if not _is_complete(spec, folder, seed):
+                _write(spec, folder, seed or 0)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the data set {spec.name} to {folder} ({error}): "
+            "set DETECTRON2_DATASETS to a folder that can be written"
+        ) from error
+
+
+def _manifest(spec: ShapesSpec, seed: int) -> dict:
+    return {"name": spec.name, "version": VERSION, "seed": seed, "images": spec.images}
+
+
+def _is_complete(spec: ShapesSpec, folder: str, seed: Optional[int]) -> bool:
+    """Whether the wanted set is there; False when there is nothing or an empty folder.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder)):
+        return False
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} exists but holds no complete {spec.name} (no readable {MANIFEST}): "
+            "move or delete it, or choose another folder"
+        ) from None
+    wanted = _manifest(spec, found.get("seed") if seed is None else seed)
+    if found != wanted:
+        raise UserError(
+            f"{folder} holds {found}, expected {wanted}: "
+            "move or delete it to draw the set anew, or choose another folder"
+        )
+    return True
+
+
+def _write(spec: ShapesSpec, folder: str, seed: int) -> None:
+    """Draw everything into a folder beside, then rename it: a killed run leaves no half set."""
+    total = sum(spec.images.values())
+    logger.info(f"Drawing {spec.name} ({total} images, seed {seed}) into {folder}")
+    partial = folder + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(os.path.join(partial, "annotations"))
+    # The small set is there before a progress bar could be read.
+    with tqdm(total=total, desc=spec.name, unit="image", disable=total < 5000) as progress:
+        for split in SPLITS:
+            os.makedirs(os.path.join(partial, split))
+            content = _write_split(spec, partial, seed, split, progress)
+            with open(annotation_file(partial, split), "w", encoding="utf-8") as file:
+                json.dump(content, file)
+    with open(os.path.join(partial, MANIFEST), "w", encoding="utf-8") as file:
+        json.dump(_manifest(spec, seed), file)
+    os.rename(partial, folder)
+
+
+def _write_split(spec: ShapesSpec, folder: str, seed: int, split: str, progress) -> dict:
+    """Write the images of a split and return its COCO JSON."""
+    images, annotations = [], []
+    for index in range(spec.images[split]):
+        image, objects = draw_image(spec, seed, split, index)
+        height, width = image.shape[:2]
+        name = f"{index:06d}.jpg"
+        path = os.path.join(folder, split, name)
+        if not cv2.imwrite(path, image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+            raise OSError(f"{path} could not be written")
+        images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
+        annotations += [_annotation(index + 1, label, box.tolist()) for label, box in objects]
+        progress.update()
+    for number, annotation in enumerate(annotations):
+        annotation["id"] = number + 1
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(spec.classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _annotation(image_id: int, label: int, box) -> dict:
+    x0, y0, x1, y1 = (round(x, 2) for x in box)
+    width, height = round(x1 - x0, 2), round(y1 - y0, 2)
+    return {
+        "image_id": image_id,
+        "category_id": label + 1,
+        "bbox": [x0, y0, width, height],
+        "area": round(width * height, 2),
+        "iscrowd": 0,
+    }
