@@ -1,0 +1,127 @@
+"""DistillTrainer: Detectron2's ``DefaultTrainer`` for a teacher–student model or a plain one."""
+
+import logging
+import os
+from collections import OrderedDict
+from typing import List
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+from d2kd.data.loader import ResumableLoader
+from d2kd.errors import UserError, nearest
+from d2kd.modeling import TeacherStudent, build_model
+
+from .checkpoint import StudentCheckpointer
+from .hooks import ScheduleHook
+from .run_state import RunState
+
+logger = logging.getLogger(__name__)
+
+EVALUATORS = {
+    "coco": COCOEvaluator,
+    "lvis": LVISEvaluator,
+    "pascal_voc": PascalVOCDetectionEvaluator,
+}
+
+
+class DistillTrainer(DefaultTrainer):
+    """Trains what the config describes: a student with its teacher, or a plain detector.
+
+    It differs from ``DefaultTrainer`` in what it saves (the bare student), in that a resumed run
+    continues exactly, and in the choice of an optimizer.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # The scripted focal loss of Detectron2 is optimised after its first call, which changes
+        # the last bits of its gradient: a resumed process would differ from one that went on.
+        torch._C._jit_set_profiling_executor(False)
+        super().__init__(cfg)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_model(cfg)
+        logger.info(f"Model:\n{model}")
+        return model
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without its wrapper for distributed training."""
+        return getattr(self.model, "module", self.model)
+
+    @property
+    def student(self) -> nn.Module:
+        """The detector that is trained and saved."""
+        model = self.bare_model
+        return model.student if isinstance(model, TeacherStudent) else model
+
+    def build_hooks(self) -> List[HookBase]:
+        # The checkpointer is replaced here because the hooks keep it.
+        model, run_state = (
+            self.bare_model,
+            RunState(self.student, self.cfg.SOLVER.CHECKPOINT_PERIOD),
+        )
+        distilled = isinstance(model, TeacherStudent)
+        extra = {"distillers": model.distillers} if distilled else {}
+        self.checkpointer = StudentCheckpointer(
+            self.student, self.cfg.OUTPUT_DIR, trainer=self, run_state=run_state, **extra
+        )
+        self._run_state = run_state
+        hooks = [run_state, ScheduleHook(model)] if distilled else [run_state]
+        return hooks + super().build_hooks()
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if self.start_iter:
+            self.data_loader.start_at(self.start_iter, then=self._run_state.restore)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+        return ResumableLoader(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        name = cfg.SOLVER.OPTIMIZER
+        if name == "SGD":
+            return build_optimizer(cfg, model)
+        if name != "AdamW":
+            raise UserError(f"SOLVER.OPTIMIZER is '{name}': {nearest(name, ['SGD', 'AdamW'])}")
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
+        if kind not in EVALUATORS:
+            raise UserError(
+                f"DATASETS.TEST names '{dataset_name}', whose evaluator_type is '{kind}': d2kd "
+                f"evaluates {', '.join(EVALUATORS)}"
+            )
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return EVALUATORS[kind](dataset_name, output_dir=folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
+        # Evaluation in the middle of training leaves the random numbers of training alone.
+        with torch.random.fork_rng():
+            return super().test(cfg, model, evaluators)

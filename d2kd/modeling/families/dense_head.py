@@ -1,0 +1,125 @@
+"""How a dense head is taken apart: its predictions, its towers, and the rest of a tower."""
+
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+from torch import Tensor, nn
+
+from d2kd.errors import UserError
+
+BRANCHES = ("cls", "bbox")
+
+
+class DensePredictions(NamedTuple):
+    """Raw predictions of a dense head, one tensor per FPN level, finest first."""
+
+    logits: List[Tensor]  # (N, A·K, h, w)
+    deltas: List[Tensor]  # (N, A·R, h, w), R numbers per box
+    centerness: Optional[List[Tensor]] = None  # (N, A, h, w)
+
+
+class DenseHead:
+    """A head that predicts classes and boxes at every location of every FPN level.
+
+    Attributes:
+        module: the head.
+        num_anchors: A, anchors per location.
+        num_classes: K; 1 for an RPN.
+        box_coding: how boxes are coded, for messages.
+        has_centerness: whether it predicts a centerness.
+    """
+
+    has_centerness = False
+
+    def __init__(self, module: nn.Module, num_anchors: int, num_classes: int, box_coding: object):
+        self.module = module
+        self.num_anchors = num_anchors
+        self.num_classes = num_classes
+        weights = getattr(box_coding, "weights", None)
+        self.box_coding = type(box_coding).__name__ + (f" {tuple(weights)}" if weights else "")
+
+    def run(self, features: List[Tensor]):
+        """The head's own forward on a list of levels."""
+        return self.module(features)
+
+    def predictions(self, outputs: Sequence[List[Tensor]]) -> DensePredictions:
+        """Names what the head's forward returned."""
+        return DensePredictions(*outputs)
+
+    def tower_taps(self) -> Dict[str, nn.Module]:
+        """Modules whose outputs are the tower after k blocks, as ``<branch>.<k>``, k from 1."""
+        return {}
+
+    def num_blocks(self, branch: str) -> int:
+        """Blocks (conv, norm, activation) of a branch's tower."""
+        return 0
+
+    def check_same_outputs(self, teacher: "DenseHead", key: str) -> None:
+        """
+        Raises:
+            UserError: if the class predictions of the two heads do not mean the same.
+        """
+        ours = (self.num_anchors, self.num_classes)
+        theirs = (teacher.num_anchors, teacher.num_classes)
+        if ours != theirs:
+            raise UserError(
+                f"{key} compares class predictions: the student has {ours[0]} anchors x "
+                f"{ours[1]} classes per location, the teacher {theirs[0]} x {theirs[1]}; take a "
+                f"teacher with the same head, or set {key} to 0"
+            )
+
+
+class TowerHead(DenseHead):
+    """A head like Detectron2's ``RetinaNetHead``: a flat ``Sequential`` per branch, shared by all
+    levels, and one prediction conv per output."""
+
+    TOWERS = {"cls": "cls_subnet", "bbox": "bbox_subnet"}
+
+    @property
+    def has_centerness(self) -> bool:
+        return hasattr(self.module, "ctrness")
+
+    def tower(self, branch: str) -> nn.Sequential:
+        return getattr(self.module, self.TOWERS[branch])
+
+    def _block_starts(self, branch: str) -> List[int]:
+        # A block reaches from one convolution to the next, whatever norm and activation it has.
+        return [i for i, m in enumerate(self.tower(branch)) if isinstance(m, nn.Conv2d)]
+
+    def num_blocks(self, branch: str) -> int:
+        return len(self._block_starts(branch))
+
+    def tower_taps(self) -> Dict[str, nn.Module]:
+        taps = {}
+        for branch in BRANCHES:
+            tower = self.tower(branch)
+            ends = self._block_starts(branch)[1:] + [len(tower)]
+            taps.update({f"{branch}.{k}": tower[end - 1] for k, end in enumerate(ends, start=1)})
+        return taps
+
+    def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:
+        """Runs the rest of a branch: the tower from block k on, and the prediction convs.
+
+        Args:
+            branch: "cls" or "bbox".
+            k: how many blocks the features have passed, 0 ... ``num_blocks(branch)``.
+            features: one tensor (N, C, h, w) per level, all levels of this head, finest first.
+
+        Returns:
+            "logits" of the class branch, "deltas" of the box branch, "centerness" of the branch
+            that has it; per level as in :class:`DensePredictions`.
+        """
+        starts = self._block_starts(branch) + [len(self.tower(branch))]
+        rest = self.tower(branch)[starts[k] :]
+        per_level = [self.predict(branch, rest(x), level) for level, x in enumerate(features)]
+        return {name: [p[name] for p in per_level] for name in per_level[0]}
+
+    def predict(self, branch: str, tower: Tensor, level: int) -> Dict[str, Tensor]:
+        """The prediction convs of a branch on the last tower feature of one level."""
+        if hasattr(self.module, "predict"):  # the heads of d2kd.modeling.meta_arch
+            return self.module.predict(branch, tower, level)
+        if branch == "cls":
+            return {"logits": self.module.cls_score(tower)}
+        outputs = {"deltas": self.module.bbox_pred(tower)}
+        if self.has_centerness:
+            outputs["centerness"] = self.module.ctrness(tower)
+        return outputs

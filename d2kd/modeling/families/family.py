@@ -1,0 +1,133 @@
+"""Family adapters: how detectors of one kind are built. Nothing else knows their modules' names."""
+
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from d2kd.errors import UserError
+
+from .dense_head import DenseHead
+
+FAMILY_REGISTRY = Registry("FAMILY")
+FAMILY_REGISTRY.__doc__ = """
+Registry of family adapters, subclasses of :class:`Family`. A detector belongs to the family that
+lists its class, or the nearest of its base classes, in ``architectures``. A meta-architecture from
+elsewhere joins by registering a subclass here.
+"""
+
+
+class Level(NamedTuple):
+    """One FPN level."""
+
+    name: str
+    stride: int
+    channels: int
+
+
+class Family:
+    """What is fixed about one detector: its levels, its head, and the modules to observe.
+
+    Attributes:
+        architectures: names of the meta-architectures of this family.
+        offers: what a view of such a detector can be asked for, out of "stages", "features",
+            "dense", "tower", "proposals", "rois".
+        detector: the detector itself.
+        dense_head: its dense head; the RPN of a two-stage detector.
+        num_classes: how many classes it detects.
+        levels: the FPN levels that the dense head reads, finest first.
+    """
+
+    architectures: Tuple[str, ...] = ()
+    offers: FrozenSet[str] = frozenset()
+
+    def __init__(self, detector: nn.Module):
+        self.detector = detector
+        self.dense_head: DenseHead = self.build_dense_head()
+        shapes = detector.backbone.output_shape()
+        self.levels: List[Level] = [
+            Level(name, shapes[name].stride, shapes[name].channels) for name in self.level_names()
+        ]
+
+    def build_dense_head(self) -> DenseHead:
+        raise NotImplementedError(f"{type(self).__name__} must describe the dense head")
+
+    def level_names(self) -> List[str]:
+        """Names of the backbone outputs that the dense head reads, finest first."""
+        raise NotImplementedError(f"{type(self).__name__} must name the levels")
+
+    @property
+    def name(self) -> str:
+        """The detector's class name, for messages."""
+        return type(self.detector).__name__
+
+    @property
+    def num_classes(self) -> int:
+        return self.dense_head.num_classes
+
+    def taps(self, needs: FrozenSet[str]) -> Dict[str, nn.Module]:
+        """The modules to observe so that a view can answer for ``needs``.
+
+        Args:
+            needs: a subset of :attr:`offers`.
+
+        Returns:
+            modules by the name under which the view looks their outputs up.
+        """
+        backbone = self.detector.backbone
+        taps = {"backbone": backbone}
+        if "stages" in needs:
+            taps["stages"] = getattr(backbone, "bottom_up", backbone)
+        if needs & {"dense", "tower"}:
+            taps["head"] = self.dense_head.module
+        if "tower" in needs:
+            taps.update(self.dense_head.tower_taps())
+        return taps
+
+
+def build_family(detector: nn.Module) -> Family:
+    """The family adapter of a detector.
+
+    Raises:
+        UserError: if its meta-architecture belongs to no registered family.
+    """
+    families = [family for _, family in FAMILY_REGISTRY]
+    for base in type(detector).__mro__:
+        for family in families:
+            if base.__name__ in family.architectures:
+                return family(detector)
+    known = sorted(name for family in families for name in family.architectures)
+    raise UserError(
+        f"MODEL.META_ARCHITECTURE '{type(detector).__name__}' cannot be distilled: known are "
+        f"{', '.join(known)}; register a Family for it in FAMILY_REGISTRY"
+    )
+
+
+def paired_levels(
+    student: Family, teacher: Family, key: Optional[str] = None
+) -> List[Tuple[int, int]]:
+    """Pairs the FPN levels of equal stride, finest first. Levels without a partner are left out.
+
+    Args:
+        student, teacher: the two families.
+        key: config key to blame when nothing matches.
+
+    Returns:
+        (student index, teacher index) per pair.
+
+    Raises:
+        UserError: if no stride is common.
+    """
+    by_stride = {level.stride: j for j, level in enumerate(teacher.levels)}
+    pairs = [
+        (i, by_stride[level.stride])
+        for i, level in enumerate(student.levels)
+        if level.stride in by_stride
+    ]
+    if not pairs:
+        raise UserError(
+            f"{key}: no FPN level in common; strides of the student "
+            f"{[level.stride for level in student.levels]}, of the teacher "
+            f"{[level.stride for level in teacher.levels]}"
+        )
+    return pairs

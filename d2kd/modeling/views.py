@@ -1,0 +1,187 @@
+"""Views: what a distiller may read of one detector on one batch.
+
+The student's view is recorded from its one training forward. The teacher's view runs the parts of
+the teacher that are asked for, once, when they are asked for.
+
+Shapes: N images, (H, W) the padded batch, C channels, (h, w) the size of an FPN level.
+"""
+
+import contextlib
+from functools import cached_property
+from typing import Dict, List, Tuple
+
+import torch
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from .families import DensePredictions, Family
+
+
+class Recorder(contextlib.AbstractContextManager):
+    """Keeps inputs and outputs of chosen modules while it is open, by forward hooks.
+
+    Attributes:
+        calls: per name, one (positional inputs, output) per call, in order.
+    """
+
+    def __init__(self, modules: Dict[str, nn.Module]):
+        self._modules = modules
+        self.calls: Dict[str, List[Tuple]] = {name: [] for name in modules}
+
+    def __enter__(self) -> "Recorder":
+        def keep(name):
+            return lambda module, inputs, output: self.calls[name].append((inputs, output))
+
+        self._handles = [m.register_forward_hook(keep(n)) for n, m in self._modules.items()]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class Dense:
+    """A dense head on one batch: its raw predictions, its towers, and the rest of a tower.
+
+    Attributes:
+        logits, deltas, centerness: as in :class:`~d2kd.modeling.families.DensePredictions`.
+    """
+
+    def __init__(self, view: "View", predictions: DensePredictions):
+        self._view = view
+        self.logits = view.fit(predictions.logits)
+        self.deltas = view.fit(predictions.deltas)
+        self.centerness = predictions.centerness and view.fit(predictions.centerness)
+
+    def tower(self, branch: str, k: int) -> List[Tensor]:
+        """Tower features after k blocks (conv, norm, activation), per level.
+
+        Args:
+            branch: "cls" or "bbox".
+            k: number of blocks; 0 gives the FPN levels themselves.
+        """
+        if k == 0:
+            return list(self._view.features.values())
+        return self._view.fit([output for _, output in self._view.calls(f"{branch}.{k}")])
+
+    def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:
+        """Runs the rest of *this* detector's branch on other features, with gradient to them.
+        See :meth:`~d2kd.modeling.families.TowerHead.resume`."""
+        with self._view.precision():
+            return self._view.family.dense_head.resume(branch, k, features)
+
+
+class View:
+    """One detector on one batch. Everything is computed once, at the first reading."""
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def calls(self, tap: str) -> List[Tuple]:
+        """(inputs, output) of every call of an observed module, see ``Family.taps``."""
+        raise NotImplementedError
+
+    def fit(self, levels: List[Tensor]) -> List[Tensor]:
+        """Brings per-level maps of the whole pyramid to the sizes that the student's have."""
+        return levels
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The autocast context in which this detector runs."""
+        return contextlib.nullcontext()
+
+    @property
+    def images(self) -> ImageList:
+        """The normalised, padded batch (N, 3, H, W) and the image sizes."""
+        raise NotImplementedError
+
+    @cached_property
+    def stages(self) -> Dict[str, Tensor]:
+        """Backbone stage outputs by name, (N, C, H / stride, W / stride)."""
+        return self.calls("stages")[0][1]
+
+    @cached_property
+    def features(self) -> Dict[str, Tensor]:
+        """FPN levels by name, finest first, (N, C, H / stride, W / stride)."""
+        outputs = self.calls("backbone")[0][1]
+        names = [level.name for level in self.family.levels]
+        return dict(zip(names, self.fit([outputs[name] for name in names])))
+
+    @cached_property
+    def dense(self) -> Dense:
+        """Raw per-level predictions of the dense head (of a two-stage detector: of its RPN)."""
+        return Dense(self, self.family.dense_head.predictions(self.calls("head")[0][1]))
+
+
+class StudentView(View):
+    """What the student did in its one training forward."""
+
+    def __init__(self, family: Family, recorder: Recorder, image_sizes: List[Tuple[int, int]]):
+        """
+        Args:
+            family: the student's.
+            recorder: closed, with the forward in it.
+            image_sizes: (height, width) of every image before padding.
+        """
+        super().__init__(family)
+        self._recorder = recorder
+        self._image_sizes = image_sizes
+
+    def calls(self, tap: str) -> List[Tuple]:
+        return self._recorder.calls[tap]
+
+    @cached_property
+    def images(self) -> ImageList:
+        (batch, *_), _ = self.calls("backbone")[0]
+        return ImageList(batch, self._image_sizes)
+
+
+class TeacherView(View):
+    """The teacher on the student's batch, run as far as asked: backbone and FPN for features and
+    stages, the dense head for its predictions and towers."""
+
+    def __init__(self, teacher, batched_inputs: List[Dict], student: StudentView, taps: Dict):
+        """
+        Args:
+            teacher: a :class:`~d2kd.modeling.teacher.Teacher`.
+            batched_inputs: the student's, images with pixels as the student's loader gives them.
+            student: the student's view of the same batch.
+            taps: the teacher's modules to observe, from ``Family.taps``.
+        """
+        super().__init__(teacher.family)
+        self._teacher = teacher
+        self._inputs = batched_inputs
+        self._student = student
+        self._taps = taps
+        self._calls: Dict[str, List[Tuple]] = {}
+
+    def calls(self, tap: str) -> List[Tuple]:
+        if tap not in self._calls:
+            self._run("backbone" if tap in ("backbone", "stages") else "head")
+        return self._calls[tap]
+
+    def _run(self, part: str) -> None:
+        in_backbone = {k: m for k, m in self._taps.items() if k in ("backbone", "stages")}
+        in_head = {k: m for k, m in self._taps.items() if k not in in_backbone}
+        detector = self.family.detector
+        with torch.no_grad(), self.precision():
+            if part == "backbone":
+                with Recorder(in_backbone) as recorder:
+                    detector.backbone(self.images.tensor)
+            else:
+                outputs = self.calls("backbone")[0][1]
+                with Recorder(in_head) as recorder:
+                    self.family.dense_head.run([outputs[lv.name] for lv in self.family.levels])
+        self._calls.update(recorder.calls)
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        return self._teacher.precision()
+
+    def fit(self, levels: List[Tensor]) -> List[Tensor]:
+        # The teacher may pad to a coarser grid than the student; what is beyond is padding.
+        height, width = self._student.images.tensor.shape[-2:]
+        strides = (level.stride for level in self.family.levels)
+        return [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(levels, strides)]
+
+    @cached_property
+    def images(self) -> ImageList:
+        return self._teacher.preprocess(self._inputs, self._student.images)
