@@ -19,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import Iterable, List, Optional, Tuple
@@ -203,12 +202,8 @@ class InstallError(Exception):
     """A step failed; the message is one line that says which and what to do."""
 
 
-def run_python(*args: str, path: Optional[Path] = None) -> "subprocess.CompletedProcess[str]":
-    """Run this Python away from the current folder, which may hold a folder ``detectron2``."""
-    env = dict(os.environ, PYTHONPATH=str(path)) if path else None
-    return subprocess.run(
-        [sys.executable, *args], cwd=sys.prefix, env=env, capture_output=True, text=True
-    )
+def run_python(*args: str, **options) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
 
 
 def last_line(text: str) -> str:
@@ -225,11 +220,15 @@ def pip(*args: str) -> None:
         raise InstallError(f"pip {args[0]} failed: {reason}")
 
 
-def probe(path: Optional[Path] = None) -> Optional[dict]:
+def probe(
+    path: Optional[Path] = None,
+    remedy: str = "repair it, or run `pip uninstall detectron2` and then this script again",
+) -> Optional[dict]:
     """What Detectron2 this Python imports, tried in a process of its own.
 
     Args:
         path: a folder to look in first.
+        remedy: what to do about a Detectron2 that cannot be imported.
 
     Returns:
         version, path, compiled (has the C++/CUDA ops), torch, torchvision; None without Detectron2.
@@ -237,12 +236,14 @@ def probe(path: Optional[Path] = None) -> Optional[dict]:
     Raises:
         InstallError: there is a Detectron2, but it cannot be imported.
     """
-    result = run_python("-c", PROBE, path=path)
+    env = dict(os.environ, PYTHONPATH=str(path)) if path else None
+    # Not in the current folder, which may hold a folder named detectron2.
+    result = run_python("-c", PROBE, cwd=sys.prefix, env=env)
     if result.returncode == 0:
         return json.loads(last_line(result.stdout))
     if last_line(result.stderr) == "absent":
         return None
-    raise InstallError(f"Detectron2 does not import: {last_line(result.stderr)}")
+    raise InstallError(f"Detectron2 does not import ({last_line(result.stderr)}): {remedy}")
 
 
 def check_prerequisites() -> None:
@@ -283,8 +284,7 @@ def download(folder: Path) -> Path:
     except InstallError as e:
         raise InstallError(f"{e} (is the package index reachable, {SOURCE} unchanged?)") from e
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder)
+    shutil.unpack_archive(str(archive), folder)
     return folder / archive.name[: -len(".tar.gz")]
 
 
@@ -324,7 +324,7 @@ def install() -> None:
         tree = Path(folder, "tree")
         assemble(download(Path(folder)), tree)
         pip("install", *REQUIREMENTS)
-        probe(tree)
+        probe(tree, "use the versions of torch and the libraries in tools/constraints.txt")
         pip("install", "--no-deps", "--no-build-isolation", str(tree))
 
 
