@@ -110,7 +110,7 @@ class TermSchedule:
         """The weight at an iteration (0-based); 0 where the term is not active."""
         if not self.active(iteration):
             return 0.0
-        weight = self.weight * self._decay(min(iteration / self.max_iter, 1.0))
+        weight = self.weight * self._decay(min(iteration, self.max_iter - 1) / self.max_iter)
         since_start = iteration - self.start_iter
         if since_start < self._warmup_iters:
             weight *= self._warmup(since_start / self._warmup_iters)
