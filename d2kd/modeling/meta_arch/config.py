@@ -4,12 +4,26 @@ from detectron2.config import CfgNode
 
 
 def add_dense_detector_config(cfg: CfgNode) -> None:
-    """Adds ``MODEL.FCOS`` and ``MODEL.BASIC_RESNET``."""
-    cfg.MODEL.FCOS = _head_config()
-    # Radius of the region of positive locations around a box centre, in strides
+    """Adds ``MODEL.FCOS``, ``MODEL.ATSS``, ``MODEL.GFL`` and ``MODEL.BASIC_RESNET``."""
+    cfg.MODEL.FCOS = _head_config(score_thresh=0.2)
+    # Radius, in strides, of the central region of a box where locations are positive
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
-    # Lowest score, sqrt(class x centerness), of a detection
-    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    _add_focal_loss(cfg.MODEL.FCOS)
+
+    cfg.MODEL.ATSS = _head_config(score_thresh=0.05)
+    # Weights of (dx, dy, dw, dh) in Box2BoxTransform
+    cfg.MODEL.ATSS.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    # Weight of the GIoU loss
+    cfg.MODEL.ATSS.BBOX_LOSS_WEIGHT = 2.0
+    _add_focal_loss(cfg.MODEL.ATSS)
+
+    cfg.MODEL.GFL = _head_config(score_thresh=0.05)
+    # Largest distance from a location to a side of its box, in strides; one bin per stride
+    cfg.MODEL.GFL.REG_MAX = 16
+    # Weight of the GIoU loss
+    cfg.MODEL.GFL.BBOX_LOSS_WEIGHT = 2.0
+    # Weight of the distribution focal loss
+    cfg.MODEL.GFL.DFL_LOSS_WEIGHT = 0.25
 
     cfg.MODEL.BASIC_RESNET = CfgNode()
     # Basic residual blocks in res2, res3, res4, res5
@@ -18,7 +32,7 @@ def add_dense_detector_config(cfg: CfgNode) -> None:
     cfg.MODEL.BASIC_RESNET.WIDTH = 32
 
 
-def _head_config() -> CfgNode:
+def _head_config(score_thresh: float) -> CfgNode:
     """The keys that FCOS, ATSS and GFL have in common, named as in ``MODEL.RETINANET``."""
     node = CfgNode()
     # Number of classes, background excluded
@@ -31,12 +45,17 @@ def _head_config() -> CfgNode:
     node.NORM = "GN"
     # Class probability that an untrained head predicts everywhere
     node.PRIOR_PROB = 0.01
+    # Lowest score of a detection
+    node.SCORE_THRESH_TEST = score_thresh
     # Predictions of one level that go into NMS, at most
     node.TOPK_CANDIDATES_TEST = 1000
     # IoU above which NMS removes the lower-scoring box of a class
     node.NMS_THRESH_TEST = 0.6
-    # Focal loss: weight of the positive class
-    node.FOCAL_LOSS_ALPHA = 0.25
-    # Focal loss: how fast easy examples lose weight
-    node.FOCAL_LOSS_GAMMA = 2.0
     return node
+
+
+def _add_focal_loss(node: CfgNode) -> None:
+    # Weight of positives
+    node.FOCAL_LOSS_ALPHA = 0.25
+    # How fast easy examples lose weight
+    node.FOCAL_LOSS_GAMMA = 2.0

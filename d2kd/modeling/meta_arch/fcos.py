@@ -4,11 +4,12 @@ from typing import Dict, List, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from .arguments import detector_arguments
 from .visualize import visualize_predictions
 
 
@@ -19,6 +20,8 @@ class FCOS(fcos.FCOS):
     Its weights interchange with those of Detectron2's ``configs/common/models/fcos.py``. Images
     without objects can be trained on with release 0.6 as well.
     """
+
+    head_class = fcos.FCOSHead
 
     @configurable
     def __init__(self, *, vis_period: int = 0, input_format: str = "BGR", **kwargs):
@@ -35,32 +38,11 @@ class FCOS(fcos.FCOS):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict:
         node = cfg.MODEL.FCOS
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        shapes = [shapes[name] for name in node.IN_FEATURES]
-        head = fcos.FCOSHead(
-            input_shape=shapes,
-            num_classes=node.NUM_CLASSES,
-            conv_dims=[shapes[0].channels] * node.NUM_CONVS,
-            norm=node.NORM,
-            prior_prob=node.PRIOR_PROB,
-        )
         return {
-            "backbone": backbone,
-            "head": head,
-            "head_in_features": node.IN_FEATURES,
-            "num_classes": node.NUM_CLASSES,
+            **detector_arguments(cfg, node, cls.head_class),
             "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
-            "test_score_thresh": node.SCORE_THRESH_TEST,
-            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": node.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "vis_period": cfg.VIS_PERIOD,
-            "input_format": cfg.INPUT.FORMAT,
         }
 
     def forward_training(self, images, features, predictions, gt_instances) -> Dict[str, Tensor]:
