@@ -84,6 +84,15 @@ def test_no_network_is_an_error_of_one_line(index, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_too_new_a_pip_is_an_error_that_names_the_remedy(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise installer.InstallError("Distributions from PyPI cannot declare direct URL ...")
+
+    monkeypatch.setattr(installer, "pip", refuse)
+    with pytest.raises(installer.InstallError, match="pip install 'pip<26.3'"):
+        installer.download(tmp_path)
+
+
 def test_nothing_is_installed_when_a_step_fails(monkeypatch):
     def fail(source, tree):
         raise installer.InstallError("fix no longer matches")

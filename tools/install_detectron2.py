@@ -271,7 +271,7 @@ def download(folder: Path) -> Path:
         the root of the unpacked sources.
 
     Raises:
-        InstallError: no network, no such package, or another hash than ``SHA256``.
+        InstallError: no network, no such package, another hash than ``SHA256``, or too new a pip.
     """
     # With the hash in the requirement pip checks it before it runs the package's setup.py.
     requirement = folder / "requirement.txt"
@@ -282,7 +282,10 @@ def download(folder: Path) -> Path:
             *("--dest", str(folder), "--requirement", str(requirement)),
         )
     except InstallError as e:
-        raise InstallError(f"{e} (is the package index reachable, {SOURCE} unchanged?)") from e
+        hint = f"is the package index reachable, {SOURCE} unchanged?"
+        if "direct URL" in str(e):  # an extra of it, which nothing here installs, names one
+            hint = "pip 26.3 and newer do not take this package; run `pip install 'pip<26.3'` first"
+        raise InstallError(f"{e} ({hint})") from e
     (archive,) = folder.glob("*.tar.gz")
     shutil.unpack_archive(str(archive), folder)
     return folder / archive.name[: -len(".tar.gz")]
