@@ -6,6 +6,7 @@ from typing import Sequence
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from yaml import YAMLError
 
 from d2kd.errors import UserError, nearest
@@ -107,6 +108,15 @@ def _keys(node: CfgNode, prefix: str = ""):
             yield from _keys(value, f"{prefix}{key}.")
 
 
+def needs_d2kd(cfg: CfgNode) -> bool:
+    """Whether the student's architecture or backbone comes from d2kd, not from Detectron2."""
+    parts = (
+        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE),
+        BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME),
+    )
+    return any(part.__module__.startswith("d2kd.") for part in parts)
+
+
 def student_config(cfg: CfgNode) -> CfgNode:
     """The student's own config: what differs from the defaults, without d2kd's keys.
 
@@ -119,6 +129,9 @@ def student_config(cfg: CfgNode) -> CfgNode:
     cfg, defaults = cfg.clone(), get_cfg()
     add_distill_config(defaults)
     cfg.defrost()
+    if not needs_d2kd(cfg):
+        for name in set(cfg.MODEL) - set(get_cfg().MODEL):
+            del cfg.MODEL[name]
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     del cfg["DISTILL"]
     del cfg.SOLVER["OPTIMIZER"]

@@ -14,7 +14,7 @@ STUDENTS = {
     "FCOS": "shapes/fcos_tiny.yaml",
     "FasterRCNN": "shapes/faster_rcnn_tiny.yaml",
 }
-SMALLER = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
+SMALLER = ["MODEL.ROI_BOX_HEAD.FC_DIM", 16]
 
 
 def config(name, opts=()):

@@ -5,11 +5,10 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from d2kd.config import student_config
+from d2kd.config import needs_d2kd, student_config
 from d2kd.errors import UserError
 
 STUDENT_YAML = "student.yaml"
@@ -49,11 +48,7 @@ def write_student_yaml(cfg: CfgNode) -> None:
     if not comm.is_main_process():
         return
     header = f"# The student of this run as a plain detector; its weights are in {FINAL}\n"
-    builders = (
-        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE),
-        BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME),
-    )
-    if any(builder.__module__.startswith("d2kd.") for builder in builders):
+    if needs_d2kd(cfg):
         header += (
             "# Detectron2 has no such architecture or backbone in YAML: import d2kd.modeling and\n"
             "# call d2kd.config.add_distill_config(cfg) before this file is read\n"

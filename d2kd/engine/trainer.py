@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import OrderedDict
-from typing import List
+from typing import Any, Dict, List
 
 import torch
 from detectron2.config import CfgNode
@@ -84,7 +84,16 @@ class DistillTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         if self.start_iter:
-            self.data_loader.start_at(self.start_iter, then=self._run_state.restore)
+            self.data_loader.start_iter = self.start_iter
+            self._run_state.restore()
+
+    def state_dict(self) -> Dict[str, Any]:
+        # Release 0.6 forgets the optimizer.
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:

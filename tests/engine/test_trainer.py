@@ -1,0 +1,134 @@
+"""Whole runs: what is saved, resumed, evaluated and refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from toys import STUDENTS, distill_config
+
+from d2kd.data.loader import ResumableLoader
+from d2kd.engine import DistillTrainer
+from d2kd.engine.checkpoint import write_student_yaml
+from d2kd.modeling.weights import checksum
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(HookBase):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            raise Killed
+
+
+def run_config(folder, student, toy_dataset, opts=(), **kwargs):
+    """A run of six steps with a checkpoint after three and an evaluation after two."""
+    train, val = toy_dataset
+    short = ["DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,), "INPUT.MIN_SIZE_TRAIN", (64, 80)]
+    short += ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.IMS_PER_BATCH", 2]
+    short += ["TEST.EVAL_PERIOD", 2, "SOLVER.WARMUP_ITERS", 4, "SEED", 5]
+    folder.mkdir(exist_ok=True)
+    return distill_config(folder, student, [*short, *opts], **kwargs)
+
+
+def train(cfg, resume=False, kill_at=None):
+    from detectron2.utils.env import seed_all_rng
+
+    seed_all_rng(cfg.SEED)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if kill_at is not None:
+        trainer.register_hooks([KillAt(kill_at)])
+    try:
+        trainer.train()
+    except Killed:
+        assert kill_at is not None
+    return trainer
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, student, toy_dataset):
+    whole = train(run_config(tmp_path / "a", student, toy_dataset))
+    cfg = run_config(tmp_path / "b", student, toy_dataset)
+    killed = train(cfg, kill_at=5)
+    assert checksum(killed.student) != checksum(whole.student)
+    resumed = train(cfg, resume=True)
+    assert resumed.start_iter == 3
+    assert checksum(resumed.student) == checksum(whole.student)
+    assert checksum(resumed.bare_model.distillers) == checksum(whole.bare_model.distillers)
+
+
+def test_kd_off_run_is_a_plain_run(tmp_path, toy_dataset):
+    off = ["DISTILL.FRS.FEATURE.WEIGHT", 0.0, "DISTILL.FRS.CLS.WEIGHT", 0.0]
+    runs = [
+        train(run_config(tmp_path / str(i), "FasterRCNN", toy_dataset, opts, methods=methods))
+        for i, (opts, methods) in enumerate([(off, ["FRS"]), ([], [])])
+    ]
+    assert checksum(runs[0].student) == checksum(runs[1].student)
+
+
+def test_teacher_is_unchanged_and_absent_from_the_file(tmp_path, toy_dataset):
+    cfg = run_config(tmp_path / "a", "FCOS", toy_dataset)
+    trainer = train(cfg)
+    teacher = torch.load(cfg.DISTILL.TEACHER.WEIGHTS, weights_only=True)["model"]
+    now = trainer.bare_model.teacher.detector.state_dict()
+    assert all(torch.equal(teacher[k], now[k]) for k in teacher)
+    saved = torch.load(tmp_path / "a" / "run" / "model_final.pth", weights_only=True)
+    assert saved["model"].keys() == trainer.student.state_dict().keys()
+    assert set(saved) == {"model", "distillers", "trainer", "run_state", "iteration"}
+
+
+def test_terms_and_weights_are_logged(tmp_path, toy_dataset):
+    opts = ["SOLVER.MAX_ITER", 20, "DISTILL.FRS.FEATURE.WARMUP_ITERS", 40]
+    train(run_config(tmp_path / "a", "FCOS", toy_dataset, opts))
+    lines = (tmp_path / "a" / "run" / "metrics.json").read_text().splitlines()
+    logged = {k: v for line in lines for k, v in json.loads(line).items()}
+    assert logged["loss_frs_feature"] > 0 and logged["loss_frs_cls"] > 0
+    assert logged["distill/frs_feature/weight"] == pytest.approx(0.005 * 19 / 40)
+    assert {f"distill/frs_feature/level{i}" for i in range(5)} <= set(logged)
+
+
+def test_resumed_loader_is_lazy(tmp_path, toy_dataset):
+    loader = DistillTrainer.build_train_loader(run_config(tmp_path / "a", "FCOS", toy_dataset))
+    assert isinstance(loader, ResumableLoader)
+
+
+STOCK = """
+import sys
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+import numpy as np
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+instances = DefaultPredictor(cfg)(np.zeros((64, 64, 3), np.uint8))["instances"]
+assert "d2kd" not in sys.modules
+print(instances.pred_boxes.tensor.shape[1])
+"""
+
+
+@pytest.mark.parametrize("student", ["RetinaNet", "FasterRCNN"])
+def test_stock_detectron2_reads_student_yaml_and_weights(tmp_path, student, toy_dataset):
+    # A backbone that stock Detectron2 has
+    name = {"RetinaNet": "build_retinanet_resnet_fpn_backbone"}.get(
+        student, "build_resnet_fpn_backbone"
+    )
+    stock = ["MODEL.BACKBONE.NAME", name, "MODEL.RESNETS.DEPTH", 18]
+    stock += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    opts = [*stock, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ()]
+    cfg = run_config(tmp_path / "a", student, toy_dataset, opts, teacher_opts=stock)
+    train(cfg)
+    write_student_yaml(cfg)
+    student_yaml = tmp_path / "a" / "run" / "student.yaml"
+    assert "DISTILL" not in student_yaml.read_text()
+    command = [sys.executable, "-W", "ignore", "-c", STOCK, str(student_yaml)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "4"
+    assert "not found" not in result.stderr and "not in the model" not in result.stderr.lower()
