@@ -70,12 +70,12 @@ def _is_complete(spec: ShapesSpec, folder: str, seed: Optional[int]) -> bool:
     try:
         with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError):
+        wanted = _manifest(spec, found["seed"] if seed is None else seed)
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(
             f"{folder} exists but holds no complete {spec.name} (no readable {MANIFEST}): "
             "move or delete it, or choose another folder"
         ) from None
-    wanted = _manifest(spec, found.get("seed") if seed is None else seed)
     if found != wanted:
         raise UserError(
             f"{folder} holds {found}, expected {wanted}: "

@@ -1,0 +1,125 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from d2kd.data.check import load_training_dicts, num_classes_of
+from d2kd.errors import UserError
+
+NAME = "check_train"
+
+
+def coco(boxes=((2, 2, 10, 10),), category=1):
+    """A COCO JSON of one 40 × 30 image."""
+    return {
+        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}],
+        "annotations": [
+            {"id": i + 1, "image_id": 1, "category_id": category, "bbox": list(b), "iscrowd": 0}
+            for i, b in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Writes a JSON (or text, or nothing), registers it, loads it."""
+
+    def run(content, filter_empty=True, image=True, train=(NAME,), test=()):
+        if content is not None:
+            text = content if isinstance(content, str) else json.dumps(content)
+            (tmp_path / "instances.json").write_text(text)
+        if image:
+            Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "1.png")
+        register_coco_instances(NAME, {}, str(tmp_path / "instances.json"), str(tmp_path))
+        cfg = get_cfg()
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
+        return load_training_dicts(cfg)
+
+    yield run
+    if NAME in DatasetCatalog:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)
+
+
+def test_a_good_set_is_loaded_once_as_detectron2_does(check, monkeypatch):
+    calls = []
+    get = DatasetCatalog.get
+    monkeypatch.setattr(
+        "detectron2.data.build.DatasetCatalog.get", lambda name: calls.append(name) or get(name)
+    )
+    dicts = check(coco())
+    assert calls == [NAME]
+    assert len(dicts) == 1 and dicts[0]["annotations"][0]["category_id"] == 0
+    assert num_classes_of([NAME]) == 2
+
+
+def test_classes_are_unknown_without_metadata():
+    DatasetCatalog.register("check_bare", lambda: [])
+    try:
+        assert num_classes_of(["check_bare"]) is None
+    finally:
+        DatasetCatalog.remove("check_bare")
+        MetadataCatalog.remove("check_bare")
+
+
+MISSING_IMAGES = {k: v for k, v in coco().items() if k != "images"}
+MISSING_CATEGORIES = {k: v for k, v in coco().items() if k != "categories"}
+
+
+@pytest.mark.parametrize(
+    "content, options, words",
+    [
+        (coco(), {"train": ()}, "DATASETS.TRAIN is empty"),
+        (coco(), {"train": ("check_trian",)}, "DATASETS.TRAIN.*check_trian.*'check_train'"),
+        (coco(), {"test": ("check_tran",)}, "DATASETS.TEST.*check_tran.*'check_train'"),
+        (None, {}, "instances.json does not exist .*DETECTRON2_DATASETS"),
+        (coco(), {"image": False}, "image .*1.png does not exist .*DETECTRON2_DATASETS"),
+        (json.dumps(coco())[:-20], {}, "instances.json is not valid JSON"),
+        ("[]", {}, "instances.json"),
+        (MISSING_IMAGES, {}, "instances.json"),
+        (MISSING_CATEGORIES, {}, "instances.json lacks the key 'categories'"),
+        (coco(boxes=()), {}, "instances.json holds no image with an annotation"),
+        (coco(boxes=()), {"filter_empty": False}, "no image of check_train has an annotation"),
+        (coco(category=9), {}, "instances.json.*category_id=9"),
+        (coco(boxes=((1, 2, 3),)), {}, "'bbox' that is not 4 numbers"),
+        (coco(boxes=((),)), {}, "instances.json.*empty 'bbox'"),
+    ],
+)
+def test_trouble_is_told_in_one_line(check, content, options, words):
+    with pytest.raises(UserError, match=words) as error:
+        check(content, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_boxes_without_area_are_counted_as_detectron2_drops_them(check, caplog):
+    from detectron2.data import DatasetMapper
+
+    boxes = [(2, 2, 10, 10), (30, 20, 30, 30), (5, 5, 0, 4), (50, 5, 4, 4), (-9, 1, 5, 5)]
+    with caplog.at_level(logging.WARNING, logger="d2kd"):
+        [d] = check(coco(boxes))
+    assert [r.message for r in caplog.records] == [
+        "3 of 5 boxes have no area inside their image; Detectron2 drops them"
+    ]
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
+    assert len(mapper(d)["instances"]) == 2
+
+
+def test_other_peoples_bugs_keep_their_traceback():
+    def broken():
+        raise ZeroDivisionError
+
+    DatasetCatalog.register("check_broken", broken)
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("check_broken",)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            load_training_dicts(cfg)
+    finally:
+        DatasetCatalog.remove("check_broken")
