@@ -36,7 +36,7 @@ class ATSS(SingleAnchorDetector):
     def from_config(cls, cfg: CfgNode) -> Dict:
         node = cfg.MODEL.ATSS
         return {
-            **detector_arguments(cfg, node, ScaledHead, centerness_branch="bbox"),
+            **detector_arguments(cfg, "ATSS", ScaledHead, centerness_branch="bbox"),
             "box2box_transform": Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS),
             "box_loss_weight": node.BBOX_LOSS_WEIGHT,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,

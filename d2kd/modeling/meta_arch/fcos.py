@@ -39,7 +39,7 @@ class FCOS(fcos.FCOS):
     def from_config(cls, cfg: CfgNode) -> Dict:
         node = cfg.MODEL.FCOS
         return {
-            **detector_arguments(cfg, node, cls.head_class),
+            **detector_arguments(cfg, "FCOS", cls.head_class),
             "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,

@@ -42,7 +42,7 @@ class GFL(SingleAnchorDetector):
         node = cfg.MODEL.GFL
         transform = IntegralBoxTransform(node.REG_MAX, ANCHOR_SCALE)
         return {
-            **detector_arguments(cfg, node, ScaledHead, box_dim=4 * transform.num_bins),
+            **detector_arguments(cfg, "GFL", ScaledHead, box_dim=4 * transform.num_bins),
             "box2box_transform": transform,
             "box_loss_weight": node.BBOX_LOSS_WEIGHT,
             "dfl_loss_weight": node.DFL_LOSS_WEIGHT,

@@ -15,7 +15,8 @@ def integral(logits: Tensor, num_bins: int) -> Tensor:
         (..., S) in [0, B - 1].
     """
     p = logits.unflatten(-1, (-1, num_bins)).softmax(dim=-1)
-    return p @ torch.arange(num_bins, dtype=p.dtype, device=p.device)
+    # Not a matrix product: mixed precision would run that in half precision.
+    return (p * torch.arange(num_bins, dtype=p.dtype, device=p.device)).sum(dim=-1)
 
 
 class IntegralBoxTransform:
