@@ -1,23 +1,14 @@
-"""Every config key that d2kd adds to Detectron2's, and how config files are found and read."""
+"""Every config key that d2kd adds to Detectron2's, and how config files are read."""
 
 import os
 import re
 from typing import Sequence
 
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from yaml import YAMLError
 
 from d2kd.errors import UserError, nearest
-
-# The shipped recipes: beside the package in a checkout, inside it when installed
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-CONFIG_DIRS = (
-    os.path.join(_PACKAGE, "configs"),
-    os.path.join(os.path.dirname(_PACKAGE), "configs"),
-)
-
 
 def add_distill_config(cfg: CfgNode) -> None:
     """Adds d2kd's keys to a config made by ``detectron2.config.get_cfg``.
@@ -38,7 +29,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER = CfgNode()
     # The teacher's config: a file, a recipe of d2kd, or a name in Detectron2's model zoo
     cfg.DISTILL.TEACHER.CONFIG = ""
-    # Its weights: a file, a URL or detectron2:// name; empty = those of the model zoo for CONFIG,
+    # Its weights: a file, a URL, a detectron2:// or d2kd:// name; empty = those of the model zoo for CONFIG,
     # else MODEL.WEIGHTS of CONFIG
     cfg.DISTILL.TEACHER.WEIGHTS = ""
     # Changes to the teacher's config: KEY VALUE KEY VALUE ...
@@ -47,28 +38,6 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER.PRECISION = ""
     for name, method in DISTILLER_REGISTRY:
         cfg.DISTILL[name.upper()] = method.default_config()
-
-
-def resolve_config(name: str, key: str) -> str:
-    """The path of a config file.
-
-    Args:
-        name: a path, or a name relative to d2kd's ``configs`` or to Detectron2's model zoo.
-        key: the config key or option that named it, for the message.
-
-    Raises:
-        UserError: if there is no such file.
-    """
-    for folder in ("", *CONFIG_DIRS):
-        if os.path.isfile(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    try:
-        return model_zoo.get_config_file(name)
-    except RuntimeError:
-        raise UserError(
-            f"{key} is '{name}': no such file, neither here, nor among d2kd's configs "
-            f"({CONFIG_DIRS[-1]}), nor in Detectron2's model zoo"
-        ) from None
 
 
 def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "command line") -> None:

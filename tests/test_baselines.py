@@ -7,7 +7,8 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 
-from d2kd.config import CONFIG_DIRS, add_distill_config, load_yaml
+from d2kd.config import add_distill_config, load_yaml
+from d2kd.model_zoo import CONFIG_DIRS
 from d2kd.modeling import build_detector
 
 DETECTORS = {

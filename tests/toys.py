@@ -5,7 +5,8 @@ from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from d2kd.config import add_distill_config, load_yaml, resolve_config
+from d2kd.config import add_distill_config, load_yaml
+from d2kd.model_zoo import resolve_config
 from d2kd.modeling import build_detector
 
 # One small student per family, as shipped for the embedded benchmark

@@ -8,8 +8,9 @@ from typing import List, Optional
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 
-from d2kd.config import add_distill_config, load_yaml, resolve_config
+from d2kd.config import add_distill_config, load_yaml
 from d2kd.errors import UserError
+from d2kd.model_zoo import resolve_config
 
 from .checkpoint import refuse_finished_run, write_student_yaml
 

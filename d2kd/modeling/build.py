@@ -4,15 +4,15 @@ import logging
 from typing import Dict, List, Tuple
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from d2kd.config import add_distill_config, load_yaml, resolve_config
+from d2kd.config import add_distill_config, load_yaml
 from d2kd.errors import UserError, nearest
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
 from d2kd.methods.schedule import TermSchedule
+from d2kd.model_zoo import resolve_config, zoo_weights
 
 from .families import Family, build_family
 from .report import pair_report
@@ -139,7 +139,7 @@ def build_teacher(cfg: CfgNode, student: nn.Module) -> Teacher:
         detector, input_format, weights = _lazy_teacher(path, node.OPTS)
     else:
         detector, input_format, weights = _yaml_teacher(path, node.OPTS)
-    load_teacher_weights(detector, node.WEIGHTS or _zoo_weights(node.CONFIG, path) or weights)
+    load_teacher_weights(detector, node.WEIGHTS or zoo_weights(node.CONFIG, path) or weights)
     return Teacher(
         detector.to(student.device),
         input_format=input_format,
@@ -161,11 +161,3 @@ def _lazy_teacher(path: str, opts: List) -> Tuple[nn.Module, str, str]:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
     detector = instantiate(cfg.model)
     return detector, getattr(detector, "input_format", None) or "BGR", ""
-
-
-def _zoo_weights(name: str, path: str) -> str:
-    """Address of the model zoo's file for a config, or "" if it is not the zoo's or has none."""
-    try:
-        return model_zoo.get_checkpoint_url(name) if path == model_zoo.get_config_file(name) else ""
-    except RuntimeError:  # Detectron2's answer for a config that it does not have, or not trained
-        return ""
