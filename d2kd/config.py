@@ -10,6 +10,7 @@ from yaml import YAMLError
 
 from d2kd.errors import UserError, nearest
 
+
 def add_distill_config(cfg: CfgNode) -> None:
     """Adds d2kd's keys to a config made by ``detectron2.config.get_cfg``.
 
@@ -29,8 +30,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER = CfgNode()
     # The teacher's config: a file, a recipe of d2kd, or a name in Detectron2's model zoo
     cfg.DISTILL.TEACHER.CONFIG = ""
-    # Its weights: a file, a URL, a detectron2:// or d2kd:// name; empty = those of the model zoo for CONFIG,
-    # else MODEL.WEIGHTS of CONFIG
+    # Its weights: a file, a URL, a detectron2:// or d2kd:// name; empty = the model zoo's for
+    # CONFIG, else MODEL.WEIGHTS of CONFIG
     cfg.DISTILL.TEACHER.WEIGHTS = ""
     # Changes to the teacher's config: KEY VALUE KEY VALUE ...
     cfg.DISTILL.TEACHER.OPTS = []

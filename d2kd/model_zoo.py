@@ -11,7 +11,10 @@ from d2kd.errors import UserError
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 # The recipes lie beside the package in a checkout, inside it when installed.
-CONFIG_DIRS = (os.path.join(_PACKAGE, "configs"), os.path.join(os.path.dirname(_PACKAGE), "configs"))
+CONFIG_DIRS = (
+    os.path.join(_PACKAGE, "configs"),
+    os.path.join(os.path.dirname(_PACKAGE), "configs"),
+)
 
 
 def resolve_config(name: str, key: str) -> str:

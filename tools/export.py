@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes the bare weights of a checkpoint: without optimizer, adapters and counters.
 
-    python tools/export.py output/run/model_final.pth student.pth [--half]
+python tools/export.py output/run/model_final.pth student.pth [--half]
 """
 
 import argparse

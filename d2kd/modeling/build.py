@@ -1,7 +1,7 @@
 """From a config to a teacher–student model, or to the plain student."""
 
 import logging
-from typing import Dict, List, Tuple
+from typing import Dict, Tuple
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -128,6 +128,23 @@ def build_teacher(cfg: CfgNode, student: nn.Module) -> Teacher:
     Raises:
         UserError: if the config or the weights cannot be had, or do not fill every parameter.
     """
+    detector, input_format, weights = build_teacher_detector(cfg)
+    load_teacher_weights(detector, weights)
+    return Teacher(
+        detector.to(student.device),
+        input_format=input_format,
+        student=student,
+        student_format=cfg.INPUT.FORMAT,
+        precision=cfg.DISTILL.TEACHER.PRECISION,
+    )
+
+
+def build_teacher_detector(cfg: CfgNode) -> Tuple[nn.Module, str, str]:
+    """
+    Returns:
+        the teacher as initialised, on the CPU (weights are read there, so that the processes of a
+        run do not meet on one device); its channel order; the address of its weights.
+    """
     node = cfg.DISTILL.TEACHER
     if not node.CONFIG:
         raise UserError(
@@ -135,29 +152,14 @@ def build_teacher(cfg: CfgNode, student: nn.Module) -> Teacher:
             "give the teacher's config file, or a name in Detectron2's model zoo"
         )
     path = resolve_config(node.CONFIG, "DISTILL.TEACHER.CONFIG")
+    weights = node.WEIGHTS or zoo_weights(node.CONFIG, path)
     if path.endswith(".py"):
-        detector, input_format, weights = _lazy_teacher(path, node.OPTS)
-    else:
-        detector, input_format, weights = _yaml_teacher(path, node.OPTS)
-    load_teacher_weights(detector, node.WEIGHTS or zoo_weights(node.CONFIG, path) or weights)
-    return Teacher(
-        detector.to(student.device),
-        input_format=input_format,
-        student=student,
-        student_format=cfg.INPUT.FORMAT,
-        precision=node.PRECISION,
-    )
-
-
-def _yaml_teacher(path: str, opts: List) -> Tuple[nn.Module, str, str]:
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, path, opts, "DISTILL.TEACHER.OPTS")
-    cfg.MODEL.DEVICE = "cpu"  # weights are read there, so that ranks do not meet on one device
-    return build_detector(cfg), cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS
-
-
-def _lazy_teacher(path: str, opts: List) -> Tuple[nn.Module, str, str]:
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
-    detector = instantiate(cfg.model)
-    return detector, getattr(detector, "input_format", None) or "BGR", ""
+        lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(node.OPTS))
+        detector = instantiate(lazy.model)
+        return detector, getattr(detector, "input_format", None) or "BGR", weights
+    teacher_cfg = get_cfg()
+    add_distill_config(teacher_cfg)
+    load_yaml(teacher_cfg, path, node.OPTS, "DISTILL.TEACHER.OPTS")
+    teacher_cfg.MODEL.DEVICE = "cpu"
+    weights = weights or teacher_cfg.MODEL.WEIGHTS
+    return build_detector(teacher_cfg), teacher_cfg.INPUT.FORMAT, weights

@@ -88,13 +88,13 @@ class TeacherStudent(nn.Module):
         if not active:
             return self._touch_idle(self.student(batched_inputs), active)
 
-        taps = self.family.taps(self._needs(active, "student"))
+        taps = self.family.taps(self.needs(active, "student"))
         with Recorder(taps) as recorder:
             losses = self.student(batched_inputs)
 
         image_sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         student = StudentView(self.family, recorder, image_sizes)
-        teacher = self.teacher.view(batched_inputs, student, self._needs(active, "teacher"))
+        teacher = self.teacher.view(batched_inputs, student, self.needs(active, "teacher"))
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         for name in active:
             for term, value in self.distillers[name](student, teacher, targets).items():
@@ -117,7 +117,7 @@ class TeacherStudent(nn.Module):
                 active[name] = terms
         return active
 
-    def _needs(self, active: Dict[str, FrozenSet[str]], side: str) -> FrozenSet[str]:
+    def needs(self, active: Dict[str, FrozenSet[str]], side: str) -> FrozenSet[str]:
         """What the active terms read of the student or of the teacher."""
         return frozenset(
             need

@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Shows distillation at work on the embedded data, on a CPU, in minutes: ``make demo``.
+
+A small FCOS is trained alone and with FRS from a teacher that comes with d2kd, same seed and
+schedule. Writes a table, a plot and a picture to ``output/demo``.
+"""
+
+import os
+from typing import Dict, List
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from compare import Run, evaluate, parameters, read_config, scalars, table, train
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.visualizer import Visualizer
+
+from d2kd.modeling import build_detector
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+OUTPUT = "output/demo"
+TEACHER, TEACHER_WEIGHTS = "shapes/fcos_tiny_teacher.yaml", "d2kd://fcos_tiny_teacher.pth"
+STUDENTS = {
+    "plain student": "shapes/fcos_tiny.yaml",
+    "student with FRS": "shapes/frs_fcos_tiny.yaml",
+}
+OPTS = ["TEST.EVAL_PERIOD", "150"]
+DETECTION_LOSSES = ("loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr")
+DISTILLATION_LOSSES = ("loss_frs_feature", "loss_frs_cls")
+
+
+def plot_curves(runs: Dict[str, Run], teacher_ap: float, path: str) -> None:
+    """AP and losses over iterations."""
+    _, (ap, loss) = plt.subplots(1, 2, figsize=(11, 4))
+    for label, run in runs.items():
+        aps = scalars(run.folder, "bbox/AP")
+        ap.plot([i + 1 for i in aps], list(aps.values()), marker="o", label=label)
+        parts = [scalars(run.folder, name) for name in DETECTION_LOSSES]
+        loss.plot(list(parts[0]), [sum(p[i] for p in parts) for i in parts[0]], label=label)
+    for name in DISTILLATION_LOSSES:
+        values = scalars(run.folder, name)
+        loss.plot(list(values), list(values.values()), linestyle="--", label=name)
+    ap.axhline(teacher_ap, color="grey", linestyle=":", label="teacher")
+    ap.set(xlabel="iteration", ylabel="AP", title="AP on shapes_tiny_val", ylim=(0, None))
+    loss.set(xlabel="iteration", title="detection losses, and FRS's terms", ylim=(0, 4))
+    for axes in (ap, loss):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    plt.tight_layout()
+    plt.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def draw_detections(detectors: Dict[str, tuple], path: str, num_images: int = 4) -> None:
+    """Ground truth and the detections of every detector side by side, one image per row.
+
+    Args:
+        detectors: (config file, weights) by label.
+    """
+    cfg = read_config(TEACHER)
+    name = cfg.DATASETS.TEST[0]
+    metadata, dicts = MetadataCatalog.get(name), DatasetCatalog.get(name)[:num_images]
+    images = [cv2.imread(d["file_name"]) for d in dicts]
+    pictures = [[_canvas(i, metadata).draw_dataset_dict(d) for i, d in zip(images, dicts)]]
+    inputs = [{"image": torch.from_numpy(i.transpose(2, 0, 1).copy())} for i in images]
+    for config_file, weights in detectors.values():
+        detector = build_detector(read_config(config_file)).eval()
+        DetectionCheckpointer(detector).load(weights)
+        found = [output["instances"].to("cpu") for output in detector(inputs)]
+        pictures.append(
+            [
+                _canvas(image, metadata).draw_instance_predictions(x[x.scores > 0.3])
+                for image, x in zip(images, found)
+            ]
+        )
+    figure, axes = plt.subplots(
+        num_images, len(pictures), figsize=(3 * len(pictures), 3 * num_images)
+    )
+    for column, (label, drawn) in enumerate(zip(["ground truth", *detectors], pictures)):
+        axes[0][column].set_title(label)
+        for row, picture in enumerate(drawn):
+            axes[row][column].imshow(picture.get_image())
+            axes[row][column].axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def _canvas(image: np.ndarray, metadata) -> Visualizer:
+    return Visualizer(image[:, :, ::-1], metadata, scale=3.0)
+
+
+def main() -> None:
+    os.makedirs(OUTPUT, exist_ok=True)
+    print("Training a small detector alone, and the same one with a teacher.", flush=True)
+    runs = {label: train(config, 1, OUTPUT, OPTS) for label, config in STUDENTS.items()}
+    teacher = Run("", evaluate(TEACHER, TEACHER_WEIGHTS), 0.0)
+
+    rows: Dict[str, List[Run]] = {"teacher": [teacher], **{k: [v] for k, v in runs.items()}}
+    configs = {"teacher": TEACHER, **STUDENTS}
+    sizes = {label: parameters(config) for label, config in configs.items()}
+    text = table(rows, sizes, baseline="plain student")
+    with open(os.path.join(OUTPUT, "table.md"), "w") as f:
+        f.write(text + "\n")
+
+    plot_curves(runs, teacher.results["AP"], os.path.join(OUTPUT, "curves.png"))
+    weights = {k: os.path.join(run.folder, "model_final.pth") for k, run in runs.items()}
+    detectors = {k: (configs[k], w) for k, w in {"teacher": TEACHER_WEIGHTS, **weights}.items()}
+    draw_detections(detectors, os.path.join(OUTPUT, "detections.png"))
+    print(f"\n{text}\n\n{OUTPUT}/: table.md, curves.png, detections.png")
+    print(f"The distilled student, a plain Detectron2 checkpoint: {weights['student with FRS']}")
+
+
+if __name__ == "__main__":
+    main()
