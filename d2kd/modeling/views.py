@@ -14,7 +14,8 @@ import torch
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from .families import DensePredictions, Family
+from .dense_view import Dense
+from .families import Family
 
 
 class Recorder(contextlib.AbstractContextManager):
@@ -38,37 +39,6 @@ class Recorder(contextlib.AbstractContextManager):
     def __exit__(self, *_) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-class Dense:
-    """A dense head on one batch: its raw predictions, its towers, and the rest of a tower.
-
-    Attributes:
-        logits, deltas, centerness: as in :class:`~d2kd.modeling.families.DensePredictions`.
-    """
-
-    def __init__(self, view: "View", predictions: DensePredictions):
-        self._view = view
-        self.logits = view.fit(predictions.logits)
-        self.deltas = view.fit(predictions.deltas)
-        self.centerness = predictions.centerness and view.fit(predictions.centerness)
-
-    def tower(self, branch: str, k: int) -> List[Tensor]:
-        """Tower features after k blocks (conv, norm, activation), per level.
-
-        Args:
-            branch: "cls" or "bbox".
-            k: number of blocks; 0 gives the FPN levels themselves.
-        """
-        if k == 0:
-            return list(self._view.features.values())
-        return self._view.fit([output for _, output in self._view.calls(f"{branch}.{k}")])
-
-    def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:
-        """Runs the rest of *this* detector's branch on other features, with gradient to them.
-        See :meth:`~d2kd.modeling.families.TowerHead.resume`."""
-        with self._view.precision():
-            return self._view.family.dense_head.resume(branch, k, features)
 
 
 class View:
@@ -108,8 +78,8 @@ class View:
 
     @cached_property
     def dense(self) -> Dense:
-        """Raw per-level predictions of the dense head (of a two-stage detector: of its RPN)."""
-        return Dense(self, self.family.dense_head.predictions(self.calls("head")[0][1]))
+        """The dense head (of a two-stage detector: its RPN) on this batch."""
+        return Dense(self)
 
 
 class StudentView(View):

@@ -73,10 +73,16 @@ class TowerHead(DenseHead):
     levels, and one prediction conv per output."""
 
     TOWERS = {"cls": "cls_subnet", "bbox": "bbox_subnet"}
+    PREDICTORS = {"cls": "cls_score", "bbox": "bbox_pred"}
 
     @property
     def has_centerness(self) -> bool:
         return hasattr(self.module, "ctrness")
+
+    @property
+    def box_dim(self) -> int:
+        """Numbers that describe one box: 4, or 4 distributions."""
+        return self.module.bbox_pred.out_channels // self.num_anchors
 
     def tower(self, branch: str) -> nn.Sequential:
         return getattr(self.module, self.TOWERS[branch])
@@ -87,6 +93,12 @@ class TowerHead(DenseHead):
 
     def num_blocks(self, branch: str) -> int:
         return len(self._block_starts(branch))
+
+    def channels(self, branch: str, k: int) -> int:
+        """Channels of the tower features after k blocks, 0 ... ``num_blocks(branch)``."""
+        convs = [self.tower(branch)[i] for i in self._block_starts(branch)]
+        convs.append(getattr(self.module, self.PREDICTORS[branch]))
+        return convs[k].in_channels
 
     def tower_taps(self) -> Dict[str, nn.Module]:
         taps = {}

@@ -31,7 +31,7 @@ class Family:
     Attributes:
         architectures: names of the meta-architectures of this family.
         offers: what a view of such a detector can be asked for, out of "stages", "features",
-            "dense", "tower", "proposals", "rois".
+            "dense", "tower", "assignment" (what anchors learn), "proposals", "rois".
         detector: the detector itself.
         dense_head: its dense head; the RPN of a two-stage detector.
         num_classes: how many classes it detects.
@@ -69,7 +69,7 @@ class Family:
         """The modules to observe so that a view can answer for ``needs``.
 
         Args:
-            needs: a subset of :attr:`offers`.
+            needs: a subset of :attr:`offers`; "tower.3" for the towers after block 3 alone.
 
         Returns:
             modules by the name under which the view looks their outputs up.
@@ -78,10 +78,11 @@ class Family:
         taps = {"backbone": backbone}
         if "stages" in needs:
             taps["stages"] = getattr(backbone, "bottom_up", backbone)
-        if needs & {"dense", "tower"}:
+        if "dense" in needs:
             taps["head"] = self.dense_head.module
-        if "tower" in needs:
-            taps.update(self.dense_head.tower_taps())
+        for name, module in self.dense_head.tower_taps().items():
+            if needs & {"tower", f"tower.{name.split('.')[1]}"}:
+                taps[name] = module
         return taps
 
 

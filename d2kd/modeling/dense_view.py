@@ -1,0 +1,81 @@
+"""What a distiller may read of a dense head on one batch.
+
+Shapes: N images, C channels, (h, w) the size of an FPN level, R anchors of all levels.
+"""
+
+from functools import cached_property
+from typing import Dict, List, Optional
+
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from .families import Assignment, DensePredictions
+
+
+class Dense:
+    """A dense head on one batch: its raw predictions, its towers, the rest of a tower, its anchors
+    and what they learn. Everything is computed once, at the first reading."""
+
+    def __init__(self, view):
+        """
+        Args:
+            view: the :class:`~d2kd.modeling.views.View` of this detector.
+        """
+        self._view = view
+        self._assignment: Optional[Assignment] = None
+
+    @cached_property
+    def predictions(self) -> DensePredictions:
+        """Raw predictions per level."""
+        outputs = self._view.family.dense_head.predictions(self._view.calls("head")[0][1])
+        return DensePredictions(*[levels and self._view.fit(levels) for levels in outputs])
+
+    @property
+    def logits(self) -> List[Tensor]:
+        return self.predictions.logits
+
+    @property
+    def deltas(self) -> List[Tensor]:
+        return self.predictions.deltas
+
+    @property
+    def centerness(self) -> Optional[List[Tensor]]:
+        return self.predictions.centerness
+
+    def tower(self, branch: str, k: int, pre_activation: bool = False) -> List[Tensor]:
+        """Tower features after k blocks (conv, norm, activation), per level.
+
+        Args:
+            branch: "cls" or "bbox".
+            k: number of blocks; 0 gives the FPN levels themselves.
+            pre_activation: leave out the activation of the last of these blocks.
+        """
+        if k == 0:
+            return list(self._view.features.values())
+        calls = self._view.calls(f"{branch}.{k}")
+        return self._view.fit([x[0] if pre_activation else y for x, y in calls])
+
+    def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:
+        """Runs the rest of *this* detector's branch on other features, with gradient to them.
+        See :meth:`~d2kd.modeling.families.TowerHead.resume`."""
+        with self._view.precision():
+            return self._view.family.dense_head.resume(branch, k, features)
+
+    @cached_property
+    def anchors(self) -> List[Boxes]:
+        """Anchors of each level, in pixels."""
+        return self._view.family.anchors(list(self._view.features.values()))
+
+    def decode(self, deltas: List[Tensor]) -> Tensor:
+        """Boxes (N, R, 4) in pixels, as *this* detector understands raw box predictions.
+
+        Args:
+            deltas: per level, as in :class:`~d2kd.modeling.families.DensePredictions`.
+        """
+        return self._view.family.decode(deltas, self.anchors)
+
+    def assignment(self, targets: List[Instances]) -> Assignment:
+        """What this detector's anchors learn from the ground truth of the batch."""
+        if self._assignment is None:
+            self._assignment = self._view.family.assign(self.anchors, targets)
+        return self._assignment
