@@ -11,11 +11,11 @@ from functools import cached_property
 from typing import Dict, List, Tuple
 
 import torch
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from .dense_view import Dense
-from .families import Family
+from .families import Family, RoIs
 
 
 class Recorder(contextlib.AbstractContextManager):
@@ -46,6 +46,7 @@ class View:
 
     def __init__(self, family: Family):
         self.family = family
+        self._proposals: Dict[int, List[Instances]] = {}
 
     def calls(self, tap: str) -> List[Tuple]:
         """(inputs, output) of every call of an observed module, see ``Family.taps``."""
@@ -81,6 +82,45 @@ class View:
         """The dense head (of a two-stage detector: its RPN) on this batch."""
         return Dense(self)
 
+    @property
+    def proposals(self) -> List[Instances]:
+        """The sampled, labelled proposals of a two-stage detector, per image: ``proposal_boxes``,
+        ``gt_classes`` (K = background) and, where there is ground truth, ``gt_boxes``."""
+        return self.proposals_of(0)
+
+    def proposals_of(self, stage: int) -> List[Instances]:
+        """The proposals that one box head of a cascade is trained on; stages count from 0."""
+        if stage not in self._proposals:
+            self._proposals[stage] = self._sample(stage)
+        return self._proposals[stage]
+
+    def _sample(self, stage: int) -> List[Instances]:
+        raise NotImplementedError
+
+    def rois(self, boxes: List[Boxes], stage: int = 0) -> RoIs:
+        """RoI features, hidden vectors, class logits and box deltas of given boxes.
+
+        Args:
+            boxes: per image, in pixels of the padded batch. The box head runs once for the same
+                Boxes objects; it does not run for those that the student's own forward saw.
+            stage: which box head of a cascade.
+        """
+        key = _rois_key(boxes, stage)
+        if key not in self._rois:
+            features = self.calls("backbone")[0][1]
+            with self.precision():
+                self._rois[key] = boxes, self.family.box_head.run(features, boxes, stage)
+        return self._rois[key][1]
+
+    @cached_property
+    def _rois(self) -> Dict[Tuple, Tuple[List[Boxes], RoIs]]:
+        # The boxes are kept so that their ids stay theirs.
+        return {}
+
+
+def _rois_key(boxes: List[Boxes], stage: int) -> Tuple:
+    return (stage, *(id(b.tensor) for b in boxes))
+
 
 class StudentView(View):
     """What the student did in its one training forward."""
@@ -103,6 +143,14 @@ class StudentView(View):
     def images(self) -> ImageList:
         (batch, *_), _ = self.calls("backbone")[0]
         return ImageList(batch, self._image_sizes)
+
+    def _sample(self, stage: int) -> List[Instances]:
+        return self.family.box_head.recorded_proposals(self._recorder.calls, stage)
+
+    @cached_property
+    def _rois(self) -> Dict[Tuple, Tuple[List[Boxes], RoIs]]:
+        seen = self.family.box_head.recorded(self._recorder.calls)
+        return {_rois_key(boxes, k): (boxes, rois) for k, (boxes, rois) in enumerate(seen)}
 
 
 class TeacherView(View):
@@ -147,11 +195,31 @@ class TeacherView(View):
         return self._teacher.precision()
 
     def fit(self, levels: List[Tensor]) -> List[Tensor]:
+        return [self._crop(x, level.stride) for x, level in zip(levels, self.family.levels)]
+
+    def _crop(self, x: Tensor, stride: int) -> Tensor:
         # The teacher may pad to a coarser grid than the student; what is beyond is padding.
         height, width = self._student.images.tensor.shape[-2:]
-        strides = (level.stride for level in self.family.levels)
-        return [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(levels, strides)]
+        return x[..., : -(-height // stride), : -(-width // stride)]
+
+    @cached_property
+    def stages(self) -> Dict[str, Tensor]:
+        outputs = self.calls("stages")[0][1]
+        return {s.name: self._crop(outputs[s.name], s.stride) for s in self.family.stages}
 
     @cached_property
     def images(self) -> ImageList:
         return self._teacher.preprocess(self._inputs, self._student.images)
+
+    def _sample(self, stage: int) -> List[Instances]:
+        features = self.calls("backbone")[0][1]
+        targets = [x["instances"].to(self.images.tensor.device) for x in self._inputs]
+        with self.precision():
+            proposals = self.family.propose(
+                features, self.calls("head")[0][1], self.images.image_sizes
+            )
+            return self.family.box_head.sample(features, proposals, targets, stage)
+
+    def rois(self, boxes: List[Boxes], stage: int = 0) -> RoIs:
+        with torch.no_grad():
+            return super().rois(boxes, stage)

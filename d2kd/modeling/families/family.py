@@ -1,11 +1,11 @@
 """Family adapters: how detectors of one kind are built. Nothing else knows their modules' names."""
 
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
 
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from d2kd.errors import UserError
+from d2kd.errors import UserError, nearest
 
 from .dense_head import DenseHead
 
@@ -65,6 +65,17 @@ class Family:
     def num_classes(self) -> int:
         return self.dense_head.num_classes
 
+    @property
+    def stages(self) -> List[Level]:
+        """The backbone stages that a view can give, finest first."""
+        shapes = self.stage_module.output_shape()
+        return [Level(name, shape.stride, shape.channels) for name, shape in shapes.items()]
+
+    @property
+    def stage_module(self) -> nn.Module:
+        """The part of the backbone below the FPN."""
+        return getattr(self.detector.backbone, "bottom_up", self.detector.backbone)
+
     def taps(self, needs: FrozenSet[str]) -> Dict[str, nn.Module]:
         """The modules to observe so that a view can answer for ``needs``.
 
@@ -77,7 +88,7 @@ class Family:
         backbone = self.detector.backbone
         taps = {"backbone": backbone}
         if "stages" in needs:
-            taps["stages"] = getattr(backbone, "bottom_up", backbone)
+            taps["stages"] = self.stage_module
         if "dense" in needs:
             taps["head"] = self.dense_head.module
         for name, module in self.dense_head.tower_taps().items():
@@ -131,4 +142,32 @@ def paired_levels(
             f"{[level.stride for level in student.levels]}, of the teacher "
             f"{[level.stride for level in teacher.levels]}"
         )
+    return pairs
+
+
+def paired_stages(
+    student: Family, teacher: Family, names: Sequence[str], key: str
+) -> List[Tuple[Level, Level]]:
+    """Pairs backbone stages of the student with those of the teacher that have the same stride.
+
+    Args:
+        student, teacher: the two families.
+        names: the student's stages.
+        key: config key that holds the names, for messages.
+
+    Raises:
+        UserError: if the student has no such stage, or the teacher none of its stride.
+    """
+    ours = {stage.name: stage for stage in student.stages}
+    theirs = {stage.stride: stage for stage in teacher.stages}
+    pairs = []
+    for name in names:
+        if name not in ours:
+            raise UserError(f"{key} names '{name}': {nearest(name, ours)}")
+        if ours[name].stride not in theirs:
+            raise UserError(
+                f"{key} names '{name}' of stride {ours[name].stride}, but the teacher's stages "
+                f"have strides {sorted(theirs)}: leave it out"
+            )
+        pairs.append((ours[name], theirs[ours[name].stride]))
     return pairs
