@@ -1,7 +1,7 @@
 """What a run saves: the student as a plain Detectron2 file, and beside it what resuming needs."""
 
 import os
-from typing import Any
+from typing import Any, Dict
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -10,6 +10,7 @@ from detectron2.utils.file_io import PathManager
 
 from d2kd.config import needs_d2kd, student_config
 from d2kd.errors import UserError
+from d2kd.modeling.weights import reading
 
 STUDENT_YAML = "student.yaml"
 FINAL = "model_final.pth"
@@ -18,6 +19,12 @@ FINAL = "model_final.pth"
 class StudentCheckpointer(DetectionCheckpointer):
     """Saves and loads the bare student under ``model``. Stock Detectron2 reads that file and
     ignores the other keys: ``distillers`` (adapters), ``trainer``, ``run_state``."""
+
+    def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
+        with reading(
+            path, "the checkpoint to resume" if self.has_checkpoint() else "MODEL.WEIGHTS"
+        ):
+            return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)

@@ -19,9 +19,10 @@ from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
+from d2kd.data.check import num_classes_of
 from d2kd.data.loader import ResumableLoader
 from d2kd.errors import UserError, nearest
-from d2kd.modeling import TeacherStudent, build_model
+from d2kd.modeling import TeacherStudent, build_family, build_model
 
 from .checkpoint import StudentCheckpointer
 from .hooks import ScheduleHook
@@ -48,6 +49,20 @@ class DistillTrainer(DefaultTrainer):
         # the last bits of its gradient: a resumed process would differ from one that went on.
         torch._C._jit_set_profiling_executor(False)
         super().__init__(cfg)
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """
+        Raises:
+            UserError: if the data has another number of classes than the student.
+        """
+        names = self.cfg.DATASETS.TRAIN
+        in_data, in_model = num_classes_of(names), build_family(self.student).num_classes
+        if in_data is not None and in_data != in_model:
+            raise UserError(
+                f"DATASETS.TRAIN {tuple(names)} has {in_data} classes, but the student predicts "
+                f"{in_model}: set NUM_CLASSES of its head in MODEL"
+            )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -1,8 +1,9 @@
 """Reading the weights of teachers and students, with proof that they arrived."""
 
+import contextlib
 import logging
 import zlib
-from typing import List
+from typing import Iterator, List
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
@@ -42,15 +43,29 @@ def read_weights(model: nn.Module, path: str, key: str) -> List[str]:
         UserError: if the file cannot be had or read.
     """
     checkpointer = _CompleteCheckpointer(model)
-    try:
+    with reading(path, key):
         checkpointer.load(path, checkpointables=[])
+    return checkpointer.unfilled
+
+
+@contextlib.contextmanager
+def reading(path: str, key: str) -> Iterator[None]:
+    """Turns what goes wrong when a checkpoint is read into a :class:`UserError`.
+
+    Args:
+        path: the file, URL or ``detectron2://`` name.
+        key: the config key that gave it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
     except (OSError, AssertionError) as e:  # missing, unreachable
         raise UserError(f"{key} is '{path}': {_first_line(e) or 'cannot be read'}") from e
     except Exception as e:  # whatever a damaged file makes the unpickler raise
         raise UserError(
             f"{key} is '{path}': not a checkpoint that Detectron2 can read ({_first_line(e)})"
         ) from e
-    return checkpointer.unfilled
 
 
 def load_teacher_weights(teacher: nn.Module, path: str) -> None:
