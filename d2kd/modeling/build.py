@@ -28,16 +28,20 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     Raises:
         UserError: if the name is unknown, or the device is not there.
     """
-    name = cfg.MODEL.META_ARCHITECTURE
-    known = [k for k, _ in META_ARCH_REGISTRY]
-    if name not in known:
-        raise UserError(f"MODEL.META_ARCHITECTURE is '{name}': {nearest(name, known)}")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}' but no CUDA device is available: "
             "add 'MODEL.DEVICE cpu' at the end of the command"
         )
-    return META_ARCH_REGISTRY.get(name)(cfg).to(torch.device(cfg.MODEL.DEVICE))
+    return _architecture(cfg)(cfg).to(torch.device(cfg.MODEL.DEVICE))
+
+
+def _architecture(cfg: CfgNode) -> type:
+    name = cfg.MODEL.META_ARCHITECTURE
+    known = [k for k, _ in META_ARCH_REGISTRY]
+    if name not in known:
+        raise UserError(f"MODEL.META_ARCHITECTURE is '{name}': {nearest(name, known)}")
+    return META_ARCH_REGISTRY.get(name)
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -160,6 +164,5 @@ def build_teacher_detector(cfg: CfgNode) -> Tuple[nn.Module, str, str]:
     teacher_cfg = get_cfg()
     add_distill_config(teacher_cfg)
     load_yaml(teacher_cfg, path, node.OPTS, "DISTILL.TEACHER.OPTS")
-    teacher_cfg.MODEL.DEVICE = "cpu"
-    weights = weights or teacher_cfg.MODEL.WEIGHTS
-    return build_detector(teacher_cfg), teacher_cfg.INPUT.FORMAT, weights
+    detector = _architecture(teacher_cfg)(teacher_cfg)
+    return detector, teacher_cfg.INPUT.FORMAT, weights or teacher_cfg.MODEL.WEIGHTS
