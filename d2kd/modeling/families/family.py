@@ -62,6 +62,12 @@ class Family:
         return type(self.detector).__name__
 
     @property
+    def architecture(self) -> str:
+        """Which of :attr:`architectures` the detector is, or is derived from."""
+        bases = [base.__name__ for base in type(self.detector).__mro__]
+        return next(name for name in bases if name in self.architectures)
+
+    @property
     def num_classes(self) -> int:
         return self.dense_head.num_classes
 
