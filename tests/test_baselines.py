@@ -33,7 +33,8 @@ def test_builds_what_its_name_says(path):
         detector = build_detector(cfg)
     assert DETECTORS[name.split("_")[0]] in [c.__name__ for c in type(detector).__mro__]
     assert f"_R_{cfg.MODEL.RESNETS.DEPTH}_FPN" in name
-    assert {"1x": 90000, "2x": 180000}[name[-2:]] == cfg.SOLVER.MAX_ITER
+    iterations = {"1x": 90000, "2x": 180000, "voc": 12416}
+    assert iterations[name.split("_")[-1]] == cfg.SOLVER.MAX_ITER
     assert name in cfg.OUTPUT_DIR
 
 
