@@ -16,7 +16,6 @@ setup(
     # not theirs. Install its main branch, or run tools/install_detectron2.py.
     # No pins: tools/constraints.txt has the tested versions.
     install_requires=[
-        "faster-coco-eval",
         "fvcore",
         "matplotlib",
         "numpy",

@@ -159,8 +159,8 @@ def build_teacher_detector(cfg: CfgNode) -> Tuple[nn.Module, str, str]:
     weights = node.WEIGHTS or zoo_weights(node.CONFIG, path)
     if path.endswith(".py"):
         lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(node.OPTS))
-        detector = instantiate(lazy.model)
-        return detector, getattr(detector, "input_format", None) or "BGR", weights
+        mapper = lazy.get("dataloader", {}).get("train", {}).get("mapper", {})
+        return instantiate(lazy.model), mapper.get("image_format", "BGR"), weights
     teacher_cfg = get_cfg()
     add_distill_config(teacher_cfg)
     load_yaml(teacher_cfg, path, node.OPTS, "DISTILL.TEACHER.OPTS")

@@ -127,13 +127,13 @@ class TeacherStudent(nn.Module):
         )
 
     def _touch_idle(self, losses: Dict[str, Tensor], active: Dict) -> Dict[str, Tensor]:
-        """Ties parameters of distillers that were not called to a loss, with gradient 0:
+        """Ties the distillers that do not compute all of their terms to a loss, with gradient 0:
         DistributedDataParallel wants every parameter in every step."""
         idle = [
-            p.sum()
-            for name, d in self.distillers.items()
-            if name not in active
-            for p in d.parameters()
+            parameter.sum()
+            for name, distiller in self.distillers.items()
+            if active.get(name) != distiller.terms
+            for parameter in distiller.parameters()
         ]
         if idle:
             first = next(iter(losses))
