@@ -10,12 +10,11 @@ from typing import Dict, List
 
 import cv2
 import matplotlib
-import numpy as np
 import torch
 from compare import Run, evaluate, parameters, read_config, scalars, table, train
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.visualizer import Visualizer
+from detectron2.structures import BoxMode, Instances
 
 from d2kd.modeling import build_detector
 
@@ -56,41 +55,53 @@ def plot_curves(runs: Dict[str, Run], teacher_ap: float, path: str) -> None:
 
 @torch.no_grad()
 def draw_detections(detectors: Dict[str, tuple], path: str, num_images: int = 4) -> None:
-    """Ground truth and the detections of every detector side by side, one image per row.
+    """Ground truth and detections side by side, one image per row. Of every detector, as many
+    detections are drawn as there are objects, those of the highest scores.
 
     Args:
         detectors: (config file, weights) by label.
+        path: of the picture.
+        num_images: images with three objects, from the start of the validation set.
     """
-    cfg = read_config(TEACHER)
-    name = cfg.DATASETS.TEST[0]
-    metadata, dicts = MetadataCatalog.get(name), DatasetCatalog.get(name)[:num_images]
+    name = read_config(TEACHER).DATASETS.TEST[0]
+    classes = MetadataCatalog.get(name).thing_classes
+    dicts = [d for d in DatasetCatalog.get(name) if len(d["annotations"]) == 3][:num_images]
     images = [cv2.imread(d["file_name"]) for d in dicts]
-    pictures = [[_canvas(i, metadata).draw_dataset_dict(d) for i, d in zip(images, dicts)]]
+    columns = {"ground truth": [[_object(a) for a in d["annotations"]] for d in dicts]}
     inputs = [{"image": torch.from_numpy(i.transpose(2, 0, 1).copy())} for i in images]
-    for config_file, weights in detectors.values():
+    for label, (config_file, weights) in detectors.items():
         detector = build_detector(read_config(config_file)).eval()
         DetectionCheckpointer(detector).load(weights)
-        found = [output["instances"].to("cpu") for output in detector(inputs)]
-        pictures.append(
-            [
-                _canvas(image, metadata).draw_instance_predictions(x[x.scores > 0.3])
-                for image, x in zip(images, found)
-            ]
-        )
-    figure, axes = plt.subplots(
-        num_images, len(pictures), figsize=(3 * len(pictures), 3 * num_images)
-    )
-    for column, (label, drawn) in enumerate(zip(["ground truth", *detectors], pictures)):
-        axes[0][column].set_title(label)
-        for row, picture in enumerate(drawn):
-            axes[row][column].imshow(picture.get_image())
-            axes[row][column].axis("off")
+        columns[label] = [_best(output["instances"], 3) for output in detector(inputs)]
+
+    figure, axes = plt.subplots(num_images, len(columns), figsize=(11, 11 * num_images / 4))
+    for (label, rows), column in zip(columns.items(), axes.T):
+        column[0].set_title(label)
+        for image, boxes, cell in zip(images, rows, column):
+            cell.imshow(image[:, :, ::-1])
+            cell.axis("off")
+            for (x0, y0, x1, y1), k, score in boxes:
+                colour = f"C{k}"
+                cell.add_patch(
+                    plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=2)
+                )
+                style = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+                text = f"{classes[k]} {score}"
+                cell.text(x0, y0, text, color="white", fontsize=8, bbox=style, clip_on=True)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
-def _canvas(image: np.ndarray, metadata) -> Visualizer:
-    return Visualizer(image[:, :, ::-1], metadata, scale=3.0)
+def _object(annotation: dict) -> tuple:
+    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    return box, annotation["category_id"], ""
+
+
+def _best(found: Instances, count: int) -> List[tuple]:
+    """(box, class, score in percent) of the detections with the highest scores."""
+    found = found[found.scores.argsort(descending=True)[:count]]
+    scores = [f"{score:.0%}" for score in found.scores.tolist()]
+    return list(zip(found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(), scores))
 
 
 def main() -> None:
