@@ -3,17 +3,19 @@ model zoo."""
 
 import os
 
+import detectron2
 from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
 from d2kd.errors import UserError
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-# The recipes lie beside the package in a checkout, inside it when installed.
-CONFIG_DIRS = (
-    os.path.join(_PACKAGE, "configs"),
-    os.path.join(os.path.dirname(_PACKAGE), "configs"),
+_D2KD, _DETECTRON2 = (os.path.dirname(os.path.abspath(p)) for p in (__file__, detectron2.__file__))
+# Both have their configs inside the package when installed, beside it in a checkout.
+CONFIG_DIRS = (os.path.join(_D2KD, "configs"), os.path.join(os.path.dirname(_D2KD), "configs"))
+ZOO_DIRS = (
+    os.path.join(_DETECTRON2, "model_zoo", "configs"),
+    os.path.join(os.path.dirname(_DETECTRON2), "configs"),
 )
 
 
@@ -27,16 +29,14 @@ def resolve_config(name: str, key: str) -> str:
     Raises:
         UserError: if there is no such file.
     """
-    for folder in ("", *CONFIG_DIRS):
-        if os.path.isfile(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    try:
-        return model_zoo.get_config_file(name)
-    except RuntimeError:
-        raise UserError(
-            f"{key} is '{name}': no such file, neither here, nor among d2kd's configs "
-            f"({CONFIG_DIRS[-1]}), nor in Detectron2's model zoo"
-        ) from None
+    for folder in ("", *CONFIG_DIRS, *ZOO_DIRS):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
+    raise UserError(
+        f"{key} is '{name}': no such file, neither here, nor among d2kd's configs "
+        f"({CONFIG_DIRS[-1]}), nor in Detectron2's model zoo ({ZOO_DIRS[0]})"
+    )
 
 
 def zoo_weights(name: str, path: str) -> str:
@@ -49,9 +49,11 @@ def zoo_weights(name: str, path: str) -> str:
     Returns:
         "" if the config is not the zoo's, or the zoo has no weights for it.
     """
+    if not path.startswith(ZOO_DIRS):
+        return ""
     try:
-        return model_zoo.get_checkpoint_url(name) if path == model_zoo.get_config_file(name) else ""
-    except RuntimeError:  # Detectron2's answer for a config that it does not have, or not trained
+        return model_zoo.get_checkpoint_url(name)
+    except RuntimeError:  # Detectron2's answer for a config without a trained model
         return ""
 
 
@@ -64,7 +66,7 @@ class _AssetHandler(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path, force=False, **kwargs):
-        return os.path.join(_PACKAGE, "assets", path[len(self.PREFIX) :])
+        return os.path.join(_D2KD, "assets", path[len(self.PREFIX) :])
 
     def _open(self, path, mode="r", buffering=-1, **kwargs):
         return open(self._get_local_path(path), mode, buffering=buffering)

@@ -120,8 +120,8 @@ def main() -> None:
     plot_curves(runs, teacher.results["AP"], os.path.join(OUTPUT, "curves.png"))
     weights = {k: os.path.join(run.folder, "model_final.pth") for k, run in runs.items()}
     detectors = {k: (configs[k], w) for k, w in {"teacher": TEACHER_WEIGHTS, **weights}.items()}
-    draw_detections(detectors, os.path.join(OUTPUT, "detections.png"))
-    print(f"\n{text}\n\n{OUTPUT}/: table.md, curves.png, detections.png")
+    draw_detections(detectors, os.path.join(OUTPUT, "detections.jpg"))
+    print(f"\n{text}\n\n{OUTPUT}/: table.md, curves.png, detections.jpg")
     print(f"The distilled student, a plain Detectron2 checkpoint: {weights['student with FRS']}")
 
 
