@@ -253,6 +253,17 @@ def test_sums_are_float32_under_autocast():
     assert mask.all()
 
 
+def test_values_are_never_read_by_the_host():
+    """Tensors on the meta device have none, so anything that waits for a GPU would fail."""
+    boxes = [torch.empty(n, 4, device="meta") for n in (3, 0)]
+    masks = object_masks(boxes, [(8, 8), (4, 4)], [8, 16])
+    x = torch.empty(2, 5, 8, 8, device="meta")
+    logits, labels = torch.empty(6, 5, device="meta"), torch.empty(6, device="meta").long()
+    terms = decoupled_imitation(x, x, masks[0])
+    terms += decoupled_classification(logits, logits, labels, 4, 1.0, 2.0)
+    assert all(term.shape == () for term in terms)
+
+
 def test_adapters_start_near_zero():
     torch.manual_seed(0)
     (conv,) = near_zero_adapters([(256, 256)])

@@ -140,6 +140,45 @@ def test_detection_losses_are_detectron2s_while_distilling(tmp_path, name):
     assert set(distilled(losses)) == {k[len("loss_defeat_") :] for k in set(losses) - set(expected)}
 
 
+@pytest.mark.parametrize("start", [None, 10**6], ids=["weights 0", "before the start"])
+@every_family
+def test_off_is_detectron2_bit_for_bit(tmp_path, name, start):
+    student, family_opts = FAMILIES[name]
+    if start is None:
+        opts = NECK_OFF
+    else:
+        terms = ["NECK_OBJECT", "NECK_BACKGROUND"]
+        terms += ["HEAD_OBJECT", "HEAD_BACKGROUND"] if name in TWO_STAGE else []
+        opts = [x for t in terms for x in (f"{KEY}{t}.START_ITER", start)]
+        opts += HEAD_ON if name in TWO_STAGE else []
+    plain = detector(STUDENTS[student], family_opts, seed=3)
+    model = model_of(tmp_path, name, opts)
+    ours = model if start is None else model.student
+    inputs = inputs_with_masks()
+    results = []
+    for net, whole in ((plain, plain), (ours, model)):
+        step(copy.deepcopy(whole), inputs)  # warms scripted losses up
+        losses = step(whole, inputs)
+        sum(losses.values()).backward()
+        results.append((losses, gradients(net), dict(net.state_dict())))
+    for expected, got in zip(*results):
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def test_masks_are_still_learned(tmp_path):
+    model = model_of(tmp_path, "mask", HEAD_ON)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    inputs, history = inputs_with_masks(), []
+    for i in range(12):
+        losses = step(model, inputs, seed=i)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        history.append(losses["loss_mask"].item())
+    assert history[0] > 0.65 and max(history[-2:]) < 0.55
+
+
 @every_two_stage
 def test_same_detector_on_student_samples_has_no_head_loss(tmp_path, name):
     """With the teacher's own weights and running means, only rounding is left."""
