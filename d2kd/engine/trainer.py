@@ -45,9 +45,6 @@ class DistillTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        # The scripted focal loss of Detectron2 is optimised after its first call, which changes
-        # the last bits of its gradient: a resumed process would differ from one that went on.
-        torch._C._jit_set_profiling_executor(False)
         super().__init__(cfg)
         self._check_classes()
 
@@ -101,6 +98,12 @@ class DistillTrainer(DefaultTrainer):
         if self.start_iter:
             self.data_loader.start_iter = self.start_iter
             self._run_state.restore()
+
+    def run_step(self) -> None:
+        # The scripted focal loss of Detectron2 is optimised after its first call, which changes
+        # the last bits of its gradient: a resumed process would differ from one that went on.
+        with torch.jit.optimized_execution(False):
+            super().run_step()
 
     def state_dict(self) -> Dict[str, Any]:
         # Release 0.6 forgets the optimizer.
