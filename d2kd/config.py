@@ -42,7 +42,8 @@ def add_distill_config(cfg: CfgNode) -> None:
 
 
 def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "command line") -> None:
-    """Merges a YAML file (with its ``_BASE_``) and overrides into a config.
+    """Merges a YAML file (with its ``_BASE_``) and overrides into a config. A timm backbone brings
+    its mean, std and channel order.
 
     Args:
         cfg: changed in place.
@@ -53,6 +54,8 @@ def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
     Raises:
         UserError: for a key that does not exist, a value of the wrong type, or a broken file.
     """
+    from d2kd.modeling.backbone.timm import use_timm_pixels
+
     if len(opts) % 2:
         raise UserError(f"{opts_key}: give pairs of KEY VALUE, not {len(opts)} words: {list(opts)}")
     for source, merge in ((path, cfg.merge_from_file), (opts_key, cfg.merge_from_list)):
@@ -62,6 +65,7 @@ def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
             raise UserError(f"{source}: {_unknown_key(cfg, str(e))}") from e
         except (ValueError, YAMLError, OSError) as e:
             raise UserError(f"{source}: {' '.join(str(e).split())}") from e
+    use_timm_pixels(cfg)
 
 
 def _unknown_key(cfg: CfgNode, message: str) -> str:
@@ -102,6 +106,8 @@ def student_config(cfg: CfgNode) -> CfgNode:
     if not needs_d2kd(cfg):
         for name in set(cfg.MODEL) - set(get_cfg().MODEL):
             del cfg.MODEL[name]
+    else:
+        cfg.MODEL.TIMM.PRETRAINED = False  # the run's own weights fill everything
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     del cfg["DISTILL"]
     del cfg.SOLVER["OPTIMIZER"]

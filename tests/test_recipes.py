@@ -36,7 +36,7 @@ def test_recipe_is_short_and_documented(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_pair_of_a_recipe_fits(name):
-    cfg = config(name, ["MODEL.DEVICE", "meta"])
+    cfg = config(name, ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
     with torch.device("meta"):  # shapes only
         student = build_family(build_detector(cfg))
         teacher = build_family(build_teacher_detector(cfg)[0])

@@ -164,5 +164,6 @@ def build_teacher_detector(cfg: CfgNode) -> Tuple[nn.Module, str, str]:
     teacher_cfg = get_cfg()
     add_distill_config(teacher_cfg)
     load_yaml(teacher_cfg, path, node.OPTS, "DISTILL.TEACHER.OPTS")
+    teacher_cfg.MODEL.TIMM.PRETRAINED = False  # its checkpoint fills everything
     detector = _architecture(teacher_cfg)(teacher_cfg)
     return detector, teacher_cfg.INPUT.FORMAT, weights or teacher_cfg.MODEL.WEIGHTS

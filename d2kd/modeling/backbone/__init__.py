@@ -7,10 +7,18 @@ from .fpn import (
     build_basic_resnet_fpn_p6p7_backbone,
     build_resnet_fpn_p6p7_backbone,
 )
+from .timm import (
+    build_timm_backbone,
+    build_timm_fpn_backbone,
+    build_timm_fpn_p6p7_backbone,
+)
 
 __all__ = [
     "build_basic_resnet_backbone",
     "build_basic_resnet_fpn_backbone",
     "build_basic_resnet_fpn_p6p7_backbone",
     "build_resnet_fpn_p6p7_backbone",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
+    "build_timm_fpn_p6p7_backbone",
 ]

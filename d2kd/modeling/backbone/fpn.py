@@ -10,7 +10,8 @@ from torch import nn
 from .basic_resnet import build_basic_resnet_backbone
 
 
-def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
+    """An FPN with the settings of ``MODEL.FPN`` on a backbone."""
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
@@ -21,7 +22,8 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
     )
 
 
-def _p6p7_from_p5(cfg: CfgNode) -> LastLevelP6P7:
+def p6p7_from_p5(cfg: CfgNode) -> LastLevelP6P7:
+    """The coarsest levels of dense detectors, computed from the P5 output."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return LastLevelP6P7(channels, channels, in_feature="p5")
 
@@ -33,16 +35,16 @@ def build_resnet_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     FCOS, ATSS and GFL use it. Detectron2's ``build_retinanet_resnet_fpn_backbone`` computes P6
     from res5 instead.
     """
-    return _build_fpn(cfg, build_resnet_backbone(cfg, input_shape), _p6p7_from_p5(cfg))
+    return build_fpn(cfg, build_resnet_backbone(cfg, input_shape), p6p7_from_p5(cfg))
 
 
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A small ResNet with an FPN for dense detectors; P6 and P7 are convolutions of P5."""
-    return _build_fpn(cfg, build_basic_resnet_backbone(cfg, input_shape), _p6p7_from_p5(cfg))
+    return build_fpn(cfg, build_basic_resnet_backbone(cfg, input_shape), p6p7_from_p5(cfg))
 
 
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A small ResNet with an FPN for two-stage detectors; P6 is P5 with every second pixel."""
-    return _build_fpn(cfg, build_basic_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
+    return build_fpn(cfg, build_basic_resnet_backbone(cfg, input_shape), LastLevelMaxPool())

@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 
 
 def add_dense_detector_config(cfg: CfgNode) -> None:
-    """Adds ``MODEL.FCOS``, ``MODEL.ATSS``, ``MODEL.GFL`` and ``MODEL.BASIC_RESNET``."""
+    """Adds ``MODEL.FCOS``, ``.ATSS``, ``.GFL``, ``.TIMM`` and ``.BASIC_RESNET``."""
     cfg.MODEL.FCOS = _head_config(score_thresh=0.2)
     # Radius, in strides, of the central region of a box where locations are positive
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
@@ -24,6 +24,13 @@ def add_dense_detector_config(cfg: CfgNode) -> None:
     cfg.MODEL.GFL.BBOX_LOSS_WEIGHT = 2.0
     # Weight of the distribution focal loss
     cfg.MODEL.GFL.DFL_LOSS_WEIGHT = 0.25
+
+    cfg.MODEL.TIMM = CfgNode()
+    # Name of a timm model, for the backbones build_timm_...; PIXEL_MEAN, PIXEL_STD and
+    # INPUT.FORMAT follow its metadata unless PIXEL_STD is set
+    cfg.MODEL.TIMM.NAME = ""
+    # Download timm's weights for it
+    cfg.MODEL.TIMM.PRETRAINED = False
 
     cfg.MODEL.BASIC_RESNET = CfgNode()
     # Basic residual blocks in res2, res3, res4, res5
