@@ -121,6 +121,32 @@ def test_sums_are_float32_under_autocast():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(256 * 3600)
 
 
+def test_nothing_waits_for_the_device():
+    """Tensors on the meta device have no values, so anything that waits for them would fail."""
+    shapes = [(2, 8, 4, 4)] * 4
+    s, t, z_s, z_t = (torch.empty(x, device="meta", requires_grad=True) for x in shapes)
+    score = feature_richness(z_t)
+    loss = richness_imitation(s, t, score) + richness_classification(z_s, z_t, score)
+    TermSchedule(1.0, max_iter=10, warmup_iters=5).apply(loss, 3).backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_step_of_the_method_never_waits_for_the_gpu(tmp_path, student):
+    model = build_model(distill_config(tmp_path, student, ["MODEL.DEVICE", "cuda"]))
+    inputs = batch()
+    step(model, inputs)
+    seen = {}
+    model.distillers["FRS"].register_forward_hook(lambda _, views, __: seen.update(views=views))
+    step(model, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = model.distillers["FRS"](*seen["views"])
+        sum(x.sum() for x in losses.values()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 def test_losses_reach_student_and_adapters_but_not_the_teacher(tmp_path, student):
     model = build_model(distill_config(tmp_path, student))
