@@ -1,41 +1,91 @@
-"""Mean and standard deviation of feature channels, with a gradient that stays finite.
+"""Mean and standard deviation of feature channels over a batch, and how to change them.
 
 Shapes: N images, C channels, (h, w) the size of an FPN level.
 """
 
 import math
-from typing import NamedTuple
+from typing import Tuple
 
 import torch
 from torch import Tensor
 
 # Keeps a constant channel from a division by 0 (CrossKD's and PKD's code).
 EPS = 1e-6
+_TINY = 1e-12
 
 
-class ChannelStatistics(NamedTuple):
-    """Per channel over the images and locations of one level."""
-
-    centered: Tensor  # (N, C, h, w), the features minus their mean
-    mean: Tensor  # (1, C, 1, 1)
-    std: Tensor  # (1, C, 1, 1), unbiased
+def as_float(x: Tensor) -> Tensor:
+    """Half precision to float32; everything else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def channel_statistics(features: Tensor) -> ChannelStatistics:
+@torch.no_grad()
+def channel_statistics(features: Tensor) -> Tuple[Tensor, Tensor]:
     """
     Args:
-        features: (N, C, h, w); half precision is computed as float32.
+        features: (N, C, h, w).
 
     Returns:
-        see :class:`ChannelStatistics`. The standard deviation of a constant channel, or of a level
-        with a single element, is 0 and has gradient 0.
+        mean and unbiased standard deviation over images and locations, (1, C, 1, 1) each. The
+        deviation of a level with a single element is 0.
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features = as_float(features)
     mean = features.mean(dim=(0, 2, 3), keepdim=True)
-    centered = features - mean
+    return mean, _std(features - mean)
+
+
+def _std(centered: Tensor) -> Tensor:
     # Norms of rows, then of these: on a CPU many times faster than a variance across images.
     norm = torch.linalg.vector_norm(centered.flatten(2), dim=2)
     norm = torch.linalg.vector_norm(norm, dim=0)
-    count = features.numel() // features.shape[1]
-    std = norm / math.sqrt(max(count - 1, 1))
-    return ChannelStatistics(centered, mean, std[None, :, None, None])
+    return norm[None, :, None, None] / math.sqrt(max(_count(centered) - 1, 1))
+
+
+def _count(features: Tensor) -> int:
+    return features.numel() // features.shape[1]
+
+
+def transfer_statistics(
+    features: Tensor, mean: Tensor, std: Tensor, max_gain: float = math.inf
+) -> Tensor:
+    """Gives every channel another mean and standard deviation.
+
+    Args:
+        features: (N, C, h, w); the gradient goes through its own statistics.
+        mean, std: (1, C, 1, 1); get no gradient.
+        max_gain: a channel is stretched by this at most, which bounds values and gradients of
+            channels that are nearly constant.
+
+    Returns:
+        (N, C, h, w), at least float32: (x - μ) · min(std / (σ + ε), max_gain) + mean.
+    """
+    return _TransferStatistics.apply(as_float(features), mean, std, max_gain)
+
+
+class _TransferStatistics(torch.autograd.Function):
+    """Takes one buffer forward and one backward, where autograd takes ten: at the size of the
+    finest level, getting memory takes longer than computing."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, max_gain: float) -> Tensor:
+        own_mean = x.mean(dim=(0, 2, 3), keepdim=True)
+        out = x - own_mean
+        own_std = _std(out)
+        gain = std / (own_std + EPS)
+        # d gain / d x_i = slope · (x_i - μ)
+        slope = -gain / ((own_std + EPS) * own_std.clamp(min=_TINY) * max(_count(x) - 1, 1))
+        slope = slope * (gain < max_gain)
+        gain = gain.clamp(max=max_gain)
+        ctx.save_for_backward(x, own_mean, gain, slope)
+        return out.mul_(gain).add_(mean)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, mean, gain, slope = ctx.saved_tensors
+        total = grad.sum(dim=(0, 2, 3), keepdim=True)
+        out = grad * x
+        slope = slope * (out.sum(dim=(0, 2, 3), keepdim=True) - total * mean)
+        torch.mul(grad, gain, out=out)
+        out.addcmul_(x, slope).sub_(gain * total / _count(x) + slope * mean)
+        return out, None, None, None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2kd.errors import UserError
-from d2kd.methods.channel_statistics import EPS, channel_statistics
+from d2kd.methods.channel_statistics import channel_statistics, transfer_statistics
 from d2kd.methods.dense_kd import DenseKD, localization_kd, quality_focal_kd
 from d2kd.methods.distiller import DISTILLER_REGISTRY, Needs
 from d2kd.modeling.families import BRANCHES, Family
@@ -38,10 +38,7 @@ def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         (N, C, h, w), at least float32: (s - μ_s) / (σ_s + ε) · σ_t + μ_t.
     """
-    centered, _, std = channel_statistics(student)
-    target = channel_statistics(teacher.detach())
-    gain = (target.std / (std + EPS)).clamp(max=MAX_GAIN)
-    return centered * gain + target.mean
+    return transfer_statistics(student, *channel_statistics(teacher), max_gain=MAX_GAIN)
 
 
 @DISTILLER_REGISTRY.register()
@@ -81,9 +78,10 @@ class CrossKD(DenseKD):
         self.adapters = nn.ModuleDict(
             {b: nn.Conv2d(c_s, c_t, 1) for b, (c_s, c_t) in widths.items() if c_s != c_t}
         )
-        # Of the towers, only one block has to be kept.
+        # Of the towers, only the output of one block has to be kept.
+        tower = f"tower.{tap}.pre" if pre_activation else f"tower.{tap}"
         self.requires = {
-            term: Needs(*[tuple(_narrow(n, tap) for n in side) for side in needs])
+            term: Needs(*[tuple(tower if n == "tower" else n for n in side) for side in needs])
             for term, needs in self.requires.items()
         }
 
@@ -139,10 +137,6 @@ class CrossKD(DenseKD):
 
     def coder(self, student, teacher):
         return teacher.dense
-
-
-def _narrow(need: str, tap: int) -> str:
-    return f"tower.{tap}" if need == "tower" else need
 
 
 def _branches(terms) -> List[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2kd.errors import UserError, nearest
+from d2kd.methods.channel_statistics import as_float
 from d2kd.methods.distiller import Distiller
 from d2kd.methods.schedule import term_config
 from d2kd.modeling.families import Assignment, Family
@@ -80,7 +81,7 @@ def quality_focal_kd(logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) 
     Returns:
         the loss of every element, same shape.
     """
-    return _QualityFocal.apply(_float(logits), _float(teacher_logits.detach()), beta)
+    return _QualityFocal.apply(as_float(logits), as_float(teacher_logits.detach()), beta)
 
 
 def localization_kd(
@@ -97,13 +98,9 @@ def localization_kd(
     Returns:
         T² · Σ q (log q - log p), the shape without ``dim``.
     """
-    log_p = (_float(logits) / temperature).log_softmax(dim)
-    log_q = (_float(teacher_logits.detach()) / temperature).log_softmax(dim)
+    log_p = (as_float(logits) / temperature).log_softmax(dim)
+    log_q = (as_float(teacher_logits.detach()) / temperature).log_softmax(dim)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim)
-
-
-def _float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _flatten(levels: List[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2kd.methods.channel_statistics import EPS, channel_statistics
+from d2kd.methods.channel_statistics import transfer_statistics
 from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
 from d2kd.methods.schedule import term_config
 from d2kd.modeling.families import paired_levels
@@ -19,8 +19,8 @@ from d2kd.modeling.families import paired_levels
 
 def standardize(features: Tensor) -> Tensor:
     """(N, C, h, w) -> the same with mean 0 and standard deviation 1 in every channel."""
-    centered, _, std = channel_statistics(features)
-    return centered / (std + EPS)
+    zero = torch.zeros(1, device=features.device)
+    return transfer_statistics(features, mean=zero, std=zero + 1)
 
 
 def pearson_imitation(student: Tensor, teacher: Tensor) -> Tensor:

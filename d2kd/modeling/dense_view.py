@@ -3,6 +3,7 @@
 Shapes: N images, C channels, (h, w) the size of an FPN level, R anchors of all levels.
 """
 
+import weakref
 from functools import cached_property
 from typing import Dict, List, Optional
 
@@ -21,7 +22,9 @@ class Dense:
         Args:
             view: the :class:`~d2kd.modeling.views.View` of this detector.
         """
-        self._view = view
+        # The view owns this object; were it the other way round too, all that the view holds would
+        # stay in memory until Python looks for cycles, many steps later.
+        self._view = weakref.proxy(view)
         self._assignment: Optional[Assignment] = None
 
     @cached_property
@@ -52,8 +55,8 @@ class Dense:
         """
         if k == 0:
             return list(self._view.features.values())
-        calls = self._view.calls(f"{branch}.{k}")
-        return self._view.fit([x[0] if pre_activation else y for x, y in calls])
+        calls = self._view.calls(f"{branch}.{k}.pre" if pre_activation else f"{branch}.{k}")
+        return self._view.fit([output for _, output in calls])
 
     def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:
         """Runs the rest of *this* detector's branch on other features, with gradient to them.

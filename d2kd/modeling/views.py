@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from .dense_view import Dense
 from .families import Family, RoIs
 
+# The modules whose inputs are read. Those of others would only take memory.
+_WITH_INPUTS = ("backbone", "box_pooler", "roi_heads")
+
 
 class Recorder(contextlib.AbstractContextManager):
     """Keeps inputs and outputs of chosen modules while it is open, by forward hooks.
 
     Attributes:
-        calls: per name, one (positional inputs, output) per call, in order.
+        calls: per name, one (positional inputs, output) per call, in order. The inputs are None but
+            for the few modules where somebody reads them.
     """
 
     def __init__(self, modules: Dict[str, nn.Module]):
@@ -31,7 +35,8 @@ class Recorder(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "Recorder":
         def keep(name):
-            return lambda module, inputs, output: self.calls[name].append((inputs, output))
+            calls, with_inputs = self.calls[name], name in _WITH_INPUTS
+            return lambda _, inputs, output: calls.append((inputs if with_inputs else None, output))
 
         self._handles = [m.register_forward_hook(keep(n)) for n, m in self._modules.items()]
         return self

@@ -46,7 +46,8 @@ class DenseHead:
         return DensePredictions(*outputs)
 
     def tower_taps(self) -> Dict[str, nn.Module]:
-        """Modules whose outputs are the tower after k blocks, as ``<branch>.<k>``, k from 1."""
+        """Modules whose outputs are the tower after k blocks, as ``<branch>.<k>``, k from 1, and
+        the same before the activation of block k, as ``<branch>.<k>.pre``."""
         return {}
 
     def num_blocks(self, branch: str) -> int:
@@ -105,7 +106,9 @@ class TowerHead(DenseHead):
         for branch in BRANCHES:
             tower = self.tower(branch)
             ends = self._block_starts(branch)[1:] + [len(tower)]
-            taps.update({f"{branch}.{k}": tower[end - 1] for k, end in enumerate(ends, start=1)})
+            for k, end in enumerate(ends, start=1):
+                taps[f"{branch}.{k}"] = tower[end - 1]
+                taps[f"{branch}.{k}.pre"] = tower[end - 2]
         return taps
 
     def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:

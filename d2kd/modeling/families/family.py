@@ -86,7 +86,8 @@ class Family:
         """The modules to observe so that a view can answer for ``needs``.
 
         Args:
-            needs: a subset of :attr:`offers`; "tower.3" for the towers after block 3 alone.
+            needs: a subset of :attr:`offers`; "tower.3" for the towers after block 3 alone,
+                "tower.3.pre" before its activation.
 
         Returns:
             modules by the name under which the view looks their outputs up.
@@ -98,7 +99,7 @@ class Family:
         if "dense" in needs:
             taps["head"] = self.dense_head.module
         for name, module in self.dense_head.tower_taps().items():
-            if needs & {"tower", f"tower.{name.split('.')[1]}"}:
+            if needs & {"tower", f"tower.{name.split('.', 1)[1]}"}:
                 taps[name] = module
         return taps
 
