@@ -302,6 +302,9 @@ class DeFeat(Distiller):
             "cascade_stage": node.CASCADE_STAGE,
         }
 
+    def levels_of(self, term: str) -> int:
+        return self.num_levels if term.startswith("neck") else 0
+
     def forward(self, student, teacher, targets) -> Dict[str, Tensor]:
         losses = {}
         for part in (self.neck, self.stage, self.head):

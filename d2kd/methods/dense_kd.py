@@ -187,25 +187,21 @@ class DenseKD(Distiller):
         raise NotImplementedError(f"{type(self).__name__} must say who decodes boxes")
 
     def forward(self, student, teacher, targets) -> Dict[str, Tensor]:
-        taught, assignment = teacher.dense, student.dense.assignment(targets)
-        outputs = self.predictions(student, teacher)
+        outputs, targeted = self.predictions(student, teacher), teacher.dense
+        assignment = student.dense.assignment(targets)
+        counted = assignment.valid if self.form.masked else 1
         normalizer = self.form.normalizer(assignment)
         losses = {}
         if self.wants("cls"):
-            loss = self.class_loss(outputs["logits"], taught.logits)
-            if self.form.masked:
-                loss = loss * assignment.valid
-            losses["cls"] = loss / normalizer
+            loss = self.class_loss(outputs["logits"], targeted.logits)
+            losses["cls"] = loss * counted / normalizer
         if self.wants("bbox"):
-            weight = self.confidence(taught.logits)
-            if self.form.masked:
-                weight = weight * assignment.valid
-            loss = self.box_loss(outputs["deltas"], self.coder(student, teacher), taught)
-            losses["bbox"] = (
-                loss * weight / (weight.sum().clamp(min=EPS) if self.form.box_mean else normalizer)
-            )
+            loss = self.box_loss(outputs["deltas"], self.coder(student, teacher), targeted)
+            weight = self.confidence(targeted.logits) * counted
+            divisor = weight.sum().clamp(min=EPS) if self.form.box_mean else normalizer
+            losses["bbox"] = loss * weight / divisor
         if self.wants("centerness"):
-            loss = self.centerness_loss(outputs["centerness"], taught.centerness)
+            loss = self.centerness_loss(outputs["centerness"], targeted.centerness)
             losses["centerness"] = loss * assignment.positive / normalizer
         return {name: _sum_levels(loss, assignment.sizes) for name, loss in losses.items()}
 

@@ -37,7 +37,8 @@ class Distiller(nn.Module):
         requires: per term, what it reads of the student and of the teacher. Checked when the
             model is built.
         terms: the terms of this run, those whose weight is not 0.
-        num_levels: how many FPN levels the per-level terms have; 0 if there are none.
+        num_levels: how many FPN levels the per-level terms have; 0 if there are none. Override
+            :meth:`levels_of` if only some terms are per level.
     """
 
     requires: Dict[str, Needs] = {}
@@ -63,6 +64,10 @@ class Distiller(nn.Module):
     def enabled_terms(cls, cfg: CfgNode) -> Tuple[str, ...]:
         """The terms whose ``WEIGHT`` is not 0."""
         return tuple(t for t in cls.requires if cls.node(cfg)[t.upper()].WEIGHT != 0)
+
+    def levels_of(self, term: str) -> int:
+        """How many values ``forward`` returns for a term, one per FPN level; 0 for a scalar."""
+        return self.num_levels
 
     def activate(self, terms: Iterable[str]) -> None:
         """Says which terms the next call of ``forward`` has to return."""

@@ -114,11 +114,10 @@ def _check_offers(method: type, cfg: CfgNode, student: Family, teacher: Family) 
 def _build_schedule(cfg: CfgNode, distiller: Distiller, name: str, term: str) -> TermSchedule:
     key = f"DISTILL.{name.upper()}.{term.upper()}"
     node = distiller.node(cfg)[term.upper()]
-    if len(node.LEVEL_WEIGHTS) not in (0, distiller.num_levels):
-        raise UserError(
-            f"{key}.LEVEL_WEIGHTS has {len(node.LEVEL_WEIGHTS)} numbers: give "
-            f"{distiller.num_levels}, one per FPN level, or none"
-        )
+    given, levels = len(node.LEVEL_WEIGHTS), distiller.levels_of(term)
+    if given not in (0, levels):
+        expected = f"give {levels}, one per FPN level, or" if levels else "this term has no levels,"
+        raise UserError(f"{key}.LEVEL_WEIGHTS has {given} numbers: {expected} none")
     return TermSchedule.from_config(node, cfg.SOLVER.MAX_ITER, key)
 
 

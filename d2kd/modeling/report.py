@@ -38,7 +38,7 @@ def pair_report(
             distiller.node(cfg)[term.upper()].WEIGHT,
             ", ".join(distiller.requires[term].student),
             ", ".join(distiller.requires[term].teacher),
-            f"ok, {distiller.num_levels} levels" if distiller.num_levels else "ok",
+            f"ok, {distiller.levels_of(term)} levels" if distiller.levels_of(term) else "ok",
         ]
         for name, distiller in distillers.items()
         for term in sorted(distiller.terms)

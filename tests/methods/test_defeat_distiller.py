@@ -377,3 +377,9 @@ def test_levels_without_a_common_stride(tmp_path):
         UserError, match=r"DISTILL.DEFEAT.NECK_\w+.WEIGHT.*\[4, 8, 16, 32, 64\].*\[128\]"
     ):
         model_of(tmp_path, "faster", teacher="RetinaNet", teacher_opts=coarse)
+
+
+def test_level_weights_of_a_term_without_levels_are_refused(tmp_path):
+    opts = [*STAGE_ON, KEY + "STAGE_OBJECT.LEVEL_WEIGHTS", [1.0, 2.0, 3.0, 4.0, 5.0]]
+    with pytest.raises(UserError, match="STAGE_OBJECT.LEVEL_WEIGHTS has 5 .* no levels, none"):
+        build_model(distill_config(tmp_path, "FCOS", opts, methods=["DeFeat"]))
