@@ -70,7 +70,10 @@ def test_evaluation_needs_every_weight(run, tmp_path):
         (["DISTILL.TEACHER.WEIGHTS", "http://localhost:9/x.pth"], "'http://localhost:9/x.pth'"),
         (["DISTILL.TEACHER.OPTS", "['MODEL.X', 1]"], "DISTILL.TEACHER.OPTS: no config key MODEL.X"),
         (["DISTILL.TEACHER.PRECISION", "float61"], "did you mean 'float16'?"),
-        (["DISTILL.FRS.CLS.LEVEL_WEIGHTS", "[1.0]"], "1 numbers: give 5, one per FPN level, or none"),
+        (
+            ["DISTILL.FRS.CLS.LEVEL_WEIGHTS", "[1.0]"],
+            "1 numbers: give 5, one per FPN level, or none",
+        ),
         (["DISTILL.FRS.CLS.DECAY", "cosinus"], "did you mean 'cosine'?"),
         (["INPUT.FORMAT", "L"], "only BGR and RGB can be turned into each other"),
     ],
