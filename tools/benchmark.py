@@ -99,7 +99,7 @@ def teacher_forward(model: TeacherStudent, inputs: List[dict]) -> Callable[[], N
     def forward():
         teacher = model.teacher.view(inputs, student, needs)
         for need in needs:
-            READ[need](teacher, student)
+            READ[need.split(".")[0]](teacher, student)
 
     return forward
 
