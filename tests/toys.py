@@ -13,6 +13,8 @@ from d2kd.modeling import build_detector
 STUDENTS = {
     "RetinaNet": "shapes/retinanet_tiny.yaml",
     "FCOS": "shapes/fcos_tiny.yaml",
+    "ATSS": "shapes/atss_tiny.yaml",
+    "GFL": "shapes/gfl_tiny.yaml",
     "FasterRCNN": "shapes/faster_rcnn_tiny.yaml",
 }
 SMALLER = ["MODEL.ROI_BOX_HEAD.FC_DIM", 16]
