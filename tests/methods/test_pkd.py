@@ -1,0 +1,64 @@
+"""PKD: its loss by value and gradient, and the distiller on every family."""
+
+import pytest
+import torch
+from crosskd_cases import array
+from toys import STUDENTS, batch, distill_config, step
+
+from d2kd.methods.pkd import pearson_imitation, standardize
+from d2kd.modeling import build_model
+
+
+def test_equals_the_original():
+    loss = pearson_imitation(array("pkd/stu"), array("pkd/tea"))
+    assert torch.allclose(loss, array("pkd/loss_lw1"), rtol=1e-9)
+
+
+def test_is_one_minus_the_correlation():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 2, 8, 8), torch.randn(3, 2, 8, 8)
+    flat_s, flat_t = (x.transpose(0, 1).flatten(1) for x in (student, teacher))
+    correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(flat_s, flat_t)]
+    expected = (1 - torch.stack(correlations).mean()) * (191 / 192)  # unbiased deviations
+    assert pearson_imitation(student, teacher).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_neither_scale_nor_shift_of_a_channel_matters():
+    student, teacher = torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6)
+    scale, shift = torch.rand(4, 1, 1) + 0.5, torch.randn(4, 1, 1)
+    loss = pearson_imitation(student, teacher)
+    assert torch.allclose(pearson_imitation(scale * student + shift, teacher), loss, atol=1e-5)
+    assert pearson_imitation(teacher, scale * teacher + shift) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 2), (1, 2, 1, 1)])
+def test_gradient(shape):
+    student = torch.randn(shape, dtype=torch.double, requires_grad=True)
+    teacher = torch.randn(shape, dtype=torch.double)
+    assert torch.autograd.gradcheck(lambda x: pearson_imitation(x, teacher), student)
+
+
+def test_a_constant_channel_is_zero():
+    assert standardize(torch.full((2, 3, 4, 4), 5.0)).abs().max() == 0
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_imitates_the_levels_of_every_family(tmp_path, student):
+    cfg = distill_config(
+        tmp_path, student, teacher_opts=["MODEL.FPN.OUT_CHANNELS", 96], methods=("PKD",)
+    )
+    model = build_model(cfg)
+    distiller = model.distillers["PKD"]
+    losses = step(model, batch())
+    assert model.last_terms["PKD", "feature"].shape == (len(distiller.levels),)
+    losses["loss_pkd_feature"].backward()
+    # An adapter where the widths differ, and gradients to it and to the student
+    assert all(a.weight.shape[:2] == (96, 64) for a in distiller.adapters)
+    assert all(p.grad.norm() > 0 for a in distiller.adapters for p in [a.weight])
+    assert any(p.grad is not None for p in model.student.backbone.parameters())
+    assert all(p.grad is None for p in model.teacher.detector.parameters())
+
+
+def test_no_adapter_between_equal_widths(tmp_path):
+    model = build_model(distill_config(tmp_path, "FCOS", methods=("PKD",)))
+    assert not list(model.distillers["PKD"].parameters())
