@@ -1,5 +1,7 @@
 """Outlines of the shapes that are drawn: polygons of V vertices inside the unit circle."""
 
+from typing import List
+
 import numpy as np
 
 
@@ -9,6 +11,18 @@ def polar(angles, radii=1.0) -> np.ndarray:
 
 def _regular(corners: int, radius: float = 1.0) -> np.ndarray:
     return polar(np.arange(corners) * (2 * np.pi / corners), radius)
+
+
+def keyhole(contours: List[np.ndarray]) -> np.ndarray:
+    """One polygon, (V, 2), of an outer contour and, if there is a second one, the hole in it.
+
+    A polygon of COCO has no holes: this one goes round the outside, along a seam to the hole, round
+    it in the other direction and back along the seam, which has no area.
+    """
+    if len(contours) == 1:
+        return contours[0]
+    outer, hole = contours
+    return np.concatenate([outer, outer[:1], hole[:1], hole[::-1]])
 
 
 def _unit(points) -> np.ndarray:

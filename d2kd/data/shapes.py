@@ -7,7 +7,7 @@ Letters: H, W image height and width; h, w height and width of a patch.
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 import cv2
 import numpy as np
@@ -65,6 +65,21 @@ SHAPES = ShapesSpec(
     images={"train": 10000, "val": 1000},
 )
 SPECS = {spec.name: spec for spec in (SHAPES_TINY, SHAPES)}
+
+
+class Shape(NamedTuple):
+    """An object that was drawn; coordinates are pixels, (0, 0) the corner of the first pixel.
+
+    Attributes:
+        label: index of its class.
+        box: xyxy, tight around the outline.
+        contours: of the outline, each (V, 2) xy; a second contour is a hole.
+    """
+
+    label: int
+    box: np.ndarray
+    contours: List[np.ndarray]
+
 
 MAX_OVERLAP = 0.3  # of two boxes' intersection over the smaller box
 PLACEMENT_TRIES = 20
@@ -164,7 +179,7 @@ def _place(rng, spec: ShapesSpec, width: int, height: int, boxes: List[np.ndarra
     """A random shape, wholly inside the image, that overlaps little with the boxes so far.
 
     Returns:
-        (class index, contours in pixels, box xyxy), or None when no free place was met.
+        a ``Shape``, or None when no free place was met.
     """
     label = int(rng.integers(len(spec.classes)))
     radius = np.exp(rng.uniform(*np.log(spec.radius)))
@@ -175,7 +190,7 @@ def _place(rng, spec: ShapesSpec, width: int, height: int, boxes: List[np.ndarra
         centre = rng.uniform(radius, (width - radius, height - radius))
         box = extent + np.tile(centre, 2)
         if not boxes or _overlap(box, np.stack(boxes)).max() <= MAX_OVERLAP:
-            return label, [c + centre for c in contours], box
+            return Shape(label, box, [c + centre for c in contours])
     return None
 
 
@@ -188,9 +203,9 @@ def draw_image(spec: ShapesSpec, seed: int, split: str, index: int):
         index: position of the image in its split.
 
     Returns:
-        the image, (H, W, 3) uint8, and its objects, a list of (class index, box xyxy). A box is
-        tight around the whole outline, also where another shape or a stick covers a part of it
-        (two boxes overlap by at most 30 % of the smaller), and never leaves the image.
+        the image, (H, W, 3) uint8, and its objects, a list of ``Shape``. Contours and box are those
+        of the whole outline, also where another shape or a stick covers a part of it (two boxes
+        overlap by at most 30 % of the smaller), and never leave the image.
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     width, height = spec.sizes[rng.integers(len(spec.sizes))]
@@ -198,11 +213,10 @@ def draw_image(spec: ShapesSpec, seed: int, split: str, index: int):
     _scatter(rng, image, spec, (_rock, _stick), spec.clutter)
     objects = []
     for _ in range(rng.integers(spec.objects[0], spec.objects[1] + 1)):
-        placed = _place(rng, spec, width, height, [box for _, box in objects])
+        placed = _place(rng, spec, width, height, [shape.box for shape in objects])
         if placed is not None:
-            label, contours, box = placed
-            _paint(rng, image, contours)
-            objects.append((label, box))
+            _paint(rng, image, placed.contours)
+            objects.append(placed)
     _scatter(rng, image, spec, (_stick,), spec.occluders)
     image += NOISE * rng.standard_normal(image.shape, dtype=np.float32)
     return np.rint(np.clip(image, 0, 255)).astype(np.uint8), objects

@@ -9,13 +9,14 @@ import json
 import logging
 import os
 import shutil
-from typing import Optional
+from typing import List, Optional
 
 import cv2
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
-from d2kd.data.shapes import SPLITS, VERSION, ShapesSpec, draw_image
+from d2kd.data.outlines import keyhole
+from d2kd.data.shapes import SPLITS, VERSION, Shape, ShapesSpec, draw_image
 from d2kd.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def annotation_file(folder: str, split: str) -> str:
 def prepare_shapes(spec: ShapesSpec, folder: str, seed: Optional[int] = None) -> None:
     """Make sure that the data set lies complete in a folder; draw it there if the folder is absent.
 
+    A set from before annotations had polygons gets them; its images and boxes stay as they are.
     Several processes may ask at once: one draws, the others wait for it.
 
     Args:
@@ -42,12 +44,13 @@ def prepare_shapes(spec: ShapesSpec, folder: str, seed: Optional[int] = None) ->
         UserError: the folder holds something else (never overwritten) or cannot be written.
     """
     folder = os.path.abspath(folder)
-    if _is_complete(spec, folder, seed):
+    if _is_complete(spec, folder, seed) and not _splits_without_polygons(folder):
         return
     try:
         with file_lock(folder):
             if not _is_complete(spec, folder, seed):
                 _write(spec, folder, seed or 0)
+            _add_polygons(spec, folder)
     except OSError as error:
         raise UserError(
             f"cannot write the data set {spec.name} to {folder} ({error}): "
@@ -84,37 +87,87 @@ def _is_complete(spec: ShapesSpec, folder: str, seed: Optional[int]) -> bool:
     return True
 
 
+def _splits_without_polygons(folder: str) -> List[str]:
+    # Not told by the manifest, so that code that knows no polygons can use the set, too.
+    splits = []
+    for split in SPLITS:
+        with open(annotation_file(folder, split), encoding="utf-8") as file:
+            if '"segmentation"' not in file.read():
+                splits.append(split)
+    return splits
+
+
+def _add_polygons(spec: ShapesSpec, folder: str) -> None:
+    """Write the annotations of a complete set again where they have no polygons.
+
+    Raises:
+        UserError: without the polygons, they would not be those that are there.
+    """
+    splits = _splits_without_polygons(folder)
+    if not splits:
+        return
+    logger.info(f"Adding polygons to the annotations in {folder}")
+    with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+        seed = json.load(file)["seed"]
+    with _progress(spec) as progress:
+        for split in splits:
+            path = annotation_file(folder, split)
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
+            content = _draw_split(spec, seed, split, progress)
+            for new, old in zip(content["annotations"], found["annotations"]):
+                old["segmentation"] = new["segmentation"]
+            if content != found:
+                raise UserError(
+                    f"{path} has no polygons and is not as it was drawn: "
+                    f"move or delete {folder} to draw the set anew, or choose another folder"
+                )
+            _write_json(path, content)
+
+
 def _write(spec: ShapesSpec, folder: str, seed: int) -> None:
     """Draw everything into a folder beside, then rename it: a killed run leaves no half set."""
-    total = sum(spec.images.values())
-    logger.info(f"Drawing {spec.name} ({total} images, seed {seed}) into {folder}")
+    logger.info(
+        f"Drawing {spec.name} ({sum(spec.images.values())} images, seed {seed}) into {folder}"
+    )
     partial = folder + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(os.path.join(partial, "annotations"))
-    # The small set is there before a progress bar could be read.
-    with tqdm(total=total, desc=spec.name, unit="image", disable=total < 5000) as progress:
+    with _progress(spec) as progress:
         for split in SPLITS:
             os.makedirs(os.path.join(partial, split))
-            content = _write_split(spec, partial, seed, split, progress)
-            with open(annotation_file(partial, split), "w", encoding="utf-8") as file:
-                json.dump(content, file)
-    with open(os.path.join(partial, MANIFEST), "w", encoding="utf-8") as file:
-        json.dump(_manifest(spec, seed), file)
+            content = _draw_split(spec, seed, split, progress, os.path.join(partial, split))
+            _write_json(annotation_file(partial, split), content)
+    _write_json(os.path.join(partial, MANIFEST), _manifest(spec, seed))
     os.rename(partial, folder)
 
 
-def _write_split(spec: ShapesSpec, folder: str, seed: int, split: str, progress) -> dict:
-    """Write the images of a split and return its COCO JSON."""
+def _progress(spec: ShapesSpec) -> tqdm:
+    total = sum(spec.images.values())
+    # The small set is there before a progress bar could be read.
+    return tqdm(total=total, desc=spec.name, unit="image", disable=total < 5000)
+
+
+def _write_json(path: str, content: dict) -> None:
+    """Write a file that readers see either as it was or as it will be."""
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    os.replace(path + ".partial", path)
+
+
+def _draw_split(
+    spec: ShapesSpec, seed: int, split: str, progress: tqdm, folder: Optional[str] = None
+) -> dict:
+    """Draw a split, write its images into a folder, if one is given, and return its COCO JSON."""
     images, annotations = [], []
     for index in range(spec.images[split]):
         image, objects = draw_image(spec, seed, split, index)
         height, width = image.shape[:2]
         name = f"{index:06d}.jpg"
-        path = os.path.join(folder, split, name)
-        if not cv2.imwrite(path, image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-            raise OSError(f"{path} could not be written")
+        if folder is not None:
+            _write_image(os.path.join(folder, name), image)
         images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
-        annotations += [_annotation(index + 1, label, box.tolist()) for label, box in objects]
+        annotations += [_annotation(index + 1, shape) for shape in objects]
         progress.update()
     for number, annotation in enumerate(annotations):
         annotation["id"] = number + 1
@@ -122,13 +175,22 @@ def _write_split(spec: ShapesSpec, folder: str, seed: int, split: str, progress)
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _annotation(image_id: int, label: int, box) -> dict:
-    x0, y0, x1, y1 = (round(x, 2) for x in box)
+def _write_image(path: str, image) -> None:
+    if not cv2.imwrite(path, image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+        raise OSError(f"{path} could not be written")
+
+
+def _annotation(image_id: int, shape: Shape) -> dict:
+    x0, y0, x1, y1 = (round(x, 2) for x in shape.box.tolist())
     width, height = round(x1 - x0, 2), round(y1 - y0, 2)
+    polygon = [round(x, 2) for x in keyhole(shape.contours).ravel().tolist()]
     return {
         "image_id": image_id,
-        "category_id": label + 1,
+        "category_id": shape.label + 1,
         "bbox": [x0, y0, width, height],
+        "segmentation": [polygon],
+        # Of the box, not of the polygon as in COCO: small, medium and large mean the same in the
+        # box APs and in the mask APs.
         "area": round(width * height, 2),
         "iscrowd": 0,
     }

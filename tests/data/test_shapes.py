@@ -30,7 +30,7 @@ def test_an_image_depends_only_on_seed_split_and_index():
     draw_image(SHAPES, 3, "val", 8)
     again, objects_again = draw_image(SHAPES, 3, "val", 7)
     assert np.array_equal(image, again)
-    assert [label for label, _ in objects] == [label for label, _ in objects_again]
+    assert [o.label for o in objects] == [o.label for o in objects_again]
     for other in ((4, "val", 7), (3, "train", 7), (3, "val", 8)):
         different, _ = draw_image(SHAPES, *other)
         assert image.shape != different.shape or not np.array_equal(image, different)
@@ -51,7 +51,7 @@ def test_boxes_lie_inside_and_overlap_little(spec):
     for index in range(40):
         image, objects = draw_image(spec, 0, "train", index)
         height, width = image.shape[:2]
-        boxes = np.stack([box for _, box in objects])
+        boxes = np.stack([o.box for o in objects])
         assert (width, height) in spec.sizes
         assert 0 < len(objects) <= spec.objects[1]
         assert (boxes >= 0).all() and (boxes <= (width, height, width, height)).all()
@@ -68,7 +68,7 @@ def test_boxes_are_tight_around_the_drawn_pixels(name, monkeypatch):
         shapes, "_background", lambda rng, w, h: np.full((h, w, 3), 128, np.float32)
     )
     for index in range(5):
-        image, [(_, box)] = draw_image(spec, 1, "train", index)
+        image, [(_, box, _)] = draw_image(spec, 1, "train", index)
         rows, columns = np.nonzero((image != 128).any(-1))
         drawn = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         # Corners cover a small part of their pixel, so that a side may seem up to 2 pixels short.
@@ -85,10 +85,10 @@ def test_outlines_fill_the_unit_circle():
 
 def test_classes_and_sizes_are_balanced():
     drawn = [o for i in range(600) for o in draw_image(SHAPES_TINY, 0, "train", i)[1]]
-    share = np.array(list(Counter(label for label, _ in drawn).values())) / len(drawn)
+    share = np.array(list(Counter(o.label for o in drawn).values())) / len(drawn)
     assert len(share) == 6 and share.min() > 0.12 and share.max() < 0.22
     assert 1.7 < len(drawn) / 600 <= 2
-    sides = np.array([(box[2:] - box[:2]).max() for _, box in drawn])
+    sides = np.array([(o.box[2:] - o.box[:2]).max() for o in drawn])
     assert sides.min() > 12 and sides.max() <= 90.5
     assert 0.25 < (sides < 32).mean() < 0.6  # COCO's small and medium are both there
 
@@ -98,7 +98,7 @@ def test_colour_does_not_tell_the_class():
     colours = [[] for _ in SHAPES_TINY.classes]
     for index in range(400):
         image, objects = draw_image(SHAPES_TINY, 0, "train", index)
-        for label, box in objects:
+        for label, box, _ in objects:
             x, y = ((box[:2] + box[2:]) / 2).astype(int)
             colours[label].append(image[y - 4 : y + 4, x - 4 : x + 4].mean((0, 1)))
     means = np.stack([np.mean(c, 0) for c in colours])
@@ -162,7 +162,7 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_the_set(tmp_path, monkeyp
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes_files, "_write_split", killed)
+    monkeypatch.setattr(shapes_files, "_draw_split", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare_shapes(SMALL, folder)
     assert not os.path.exists(folder)
