@@ -50,17 +50,15 @@ class _QualityFocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, z: Tensor, beta: float) -> Tensor:
         p, q = x.sigmoid(), z.sigmoid()
-        bce = F.softplus(x).addcmul_(x, q, value=-1)
+        bce = F.softplus(x, threshold=50).addcmul_(x, q, value=-1)
         error = q.neg_().add_(p)
-        # d loss / d x = |e|^(β-1) sign(e) (β p (1-p) BCE + e²)
+        # loss = |e|^(β-1) |e BCE|, its gradient |e|^(β-1) sign(e) (β p (1-p) BCE + e²)
         gradient = p.addcmul_(p, p, value=-1).mul_(bce).mul_(beta).addcmul_(error, error)
-        gradient.copysign_(error)
-        size = error.abs_()
-        if beta == 1:
-            loss = bce.mul_(size)
-        else:
-            gradient.mul_(size.pow(beta - 1))
-            loss = bce.mul_(size.pow(beta))
+        loss = bce.mul_(error).abs_()
+        if beta != 1:
+            factor = error.abs().pow_(beta - 1)
+            gradient, loss = gradient.mul_(factor), loss.mul_(factor)
+        gradient.mul_(error.sign_())
         ctx.save_for_backward(gradient)
         return loss
 
@@ -168,6 +166,10 @@ class DenseKD(Distiller):
                 f"{key}.CENTERNESS.WEIGHT is {node.CENTERNESS.WEIGHT}, but {student.name} predicts "
                 "no centerness: set it to 0"
             )
+        if node.BETA < 1:
+            raise UserError(f"{key}.BETA is {node.BETA}: give 1 or more")
+        if node.TEMPERATURE <= 0:
+            raise UserError(f"{key}.TEMPERATURE is {node.TEMPERATURE}: give more than 0")
         return {
             "form": _loss_form(student, node.BBOX_LOSS, f"{key}.BBOX_LOSS"),
             "num_levels": len(student.levels),

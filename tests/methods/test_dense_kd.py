@@ -73,6 +73,9 @@ def test_refuses_losses_that_the_head_cannot_have(tmp_path):
     assert f"{key} is 'kl'" in refusal(tmp_path, "FCOS", [key, "kl"])
     centerness = ["DISTILL.CROSSKD.CENTERNESS.WEIGHT", 1.0]
     assert "CENTERNESS.WEIGHT is 1.0" in refusal(tmp_path, "GFL", centerness)
+    assert "CROSSKD.BETA is 0.5" in refusal(tmp_path, "GFL", ["DISTILL.CROSSKD.BETA", 0.5])
+    cold = ["DISTILL.MIMICKING.TEMPERATURE", 0.0]
+    assert "MIMICKING.TEMPERATURE is 0.0" in refusal(tmp_path, "GFL", cold, "Mimicking")
 
 
 def test_teacher_and_student_may_differ_in_width_and_depth(tmp_path):
