@@ -3,6 +3,7 @@ after training."""
 
 from typing import Iterable, Tuple
 
+from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 
 
@@ -16,3 +17,18 @@ def conv_adapters(channels: Iterable[Tuple[int, int]], kernel_size: int = 3) -> 
     return nn.ModuleList(
         nn.Conv2d(c_s, c_t, kernel_size, padding=kernel_size // 2) for c_s, c_t in channels
     )
+
+
+def identity_adapters(channels: Iterable[Tuple[int, int]]) -> nn.ModuleList:
+    """One 1×1 convolution per stage, with bias, without norm or activation: the identity at first
+    where the widths agree, else with Kaiming's initialisation.
+
+    Args:
+        channels: (student channels, teacher channels) per stage.
+    """
+    adapters = conv_adapters(channels, kernel_size=1)
+    for conv in adapters:
+        c2_msra_fill(conv)
+        if conv.in_channels == conv.out_channels:
+            nn.init.dirac_(conv.weight)
+    return adapters

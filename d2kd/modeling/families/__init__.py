@@ -5,6 +5,7 @@ from .assignment import Assignment
 from .box_head import BoxHead, RoIs
 from .dense_head import BRANCHES, DenseHead, DensePredictions, TowerHead
 from .family import FAMILY_REGISTRY, Family, Level, build_family, paired_levels, paired_stages
+from .stages import StagePair, trained_stage_pairs
 
 __all__ = [
     "BRANCHES",
@@ -16,10 +17,12 @@ __all__ = [
     "Family",
     "Level",
     "RoIs",
+    "StagePair",
     "TowerHead",
     "build_family",
     "paired_levels",
     "paired_stages",
     "dense",
+    "trained_stage_pairs",
     "two_stage",
 ]

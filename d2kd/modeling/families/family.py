@@ -82,6 +82,18 @@ class Family:
         """The part of the backbone below the FPN."""
         return getattr(self.detector.backbone, "bottom_up", self.detector.backbone)
 
+    def is_trained(self, name: str) -> bool:
+        """Whether the gradient at a backbone stage or an FPN level reaches any parameter: one of
+        this stage or, in a backbone whose modules are named after stages, of one before it."""
+        backbone = self.stage_module
+        parts = dict(backbone.named_children())
+        if name in parts:
+            before = list(parts)[: list(parts).index(name) + 1]
+            parts = {part: parts[part] for part in before}
+        elif name not in backbone.output_shape():
+            parts = {"backbone": self.detector.backbone}  # an FPN level
+        return any(p.requires_grad for part in parts.values() for p in part.parameters())
+
     def taps(self, needs: FrozenSet[str]) -> Dict[str, nn.Module]:
         """The modules to observe so that a view can answer for ``needs``.
 
