@@ -1,0 +1,67 @@
+"""Which stages of two networks correspond."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from d2kd.errors import UserError
+from d2kd.modeling.families import Level, trained_stage_pairs
+
+
+def network(strides, first=2, levels=()):
+    return SimpleNamespace(
+        name="Network",
+        stages=[Level(f"res{first + i}", s, 8) for i, s in enumerate(strides)],
+        levels=[Level(f"p{s}", s, 8) for s in levels],
+        is_trained=lambda name: True,
+    )
+
+
+def pairs(ours, theirs, pairing="stride", names=(), part="stages"):
+    found, frozen = trained_stage_pairs(ours, theirs, (part,), names, pairing, "DISTILL.X")
+    assert not frozen
+    return [(pair.student.name, pair.teachers[0].name) for pair in found]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, expected",
+    [
+        ([4, 8, 16, 32], [4, 8, 16, 32], "22334455"),
+        ([4, 8, 16, 32], [2, 4, 8, 16, 32], "23344556"),
+        ([8, 16, 32], [4, 8, 16, 32], "233445"),
+        ([4, 8, 16, 32], [8, 16], "22324353"),  # nearest
+        ([8, 16], [4, 16], "2333"),  # as near to 4 as to 16: the deeper one
+        ([4, 8, 16, 16], [4, 8, 16, 32], "22334455"),  # dilated: by order
+        ([4, 8, 16, 32], [4, 8, 8, 8], "22334455"),
+        ([3, 6, 12], [4, 8, 16], "223344"),  # nothing in common, but as many
+        ([8, 16], [4, 8, 8, 8], "2535"),  # the deepest of equal stride
+    ],
+)
+def test_stages_pair_by_stride(ours, theirs, expected):
+    found = pairs(network(ours), network(theirs))
+    assert found == [(f"res{a}", f"res{b}") for a, b in zip(expected[::2], expected[1::2])]
+
+
+def test_levels_pair_by_equal_stride_alone():
+    ours, theirs = network([], levels=[8, 16, 32, 64, 128]), network([], levels=[4, 8, 16, 32, 64])
+    assert pairs(ours, theirs, part="features") == [(f"p{s}", f"p{s}") for s in (8, 16, 32, 64)]
+
+
+def test_order_counts_from_the_coarsest():
+    found = pairs(network([4, 8, 16, 32]), network([8, 16, 32]), "order")
+    assert found == [("res3", "res2"), ("res4", "res3"), ("res5", "res4")]
+
+
+def test_names_choose_and_keep_their_partner():
+    found = pairs(network([4, 8, 16, 16]), network([4, 8, 16, 32]), names=["res5", "res3"])
+    assert found == [("res3", "res3"), ("res5", "res5")]
+
+
+def test_nothing_in_common():
+    with pytest.raises(UserError, match=r"DISTILL.X.STAGES: no stage .* \[4, 8\], .* \[16\]$"):
+        pairs(network([4, 8]), network([16]))
+
+
+def test_unknown_names_list_those_that_exist():
+    with pytest.raises(UserError, match=r"names res9: the student \(Network\) has res2, res3$"):
+        pairs(network([4, 8]), network([4, 8]), names=["res9", "res2"])
