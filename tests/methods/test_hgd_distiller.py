@@ -38,6 +38,23 @@ def test_loss_reaches_student_and_adapters_but_not_the_teacher(tmp_path, student
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_step_of_the_method_never_waits_for_the_gpu(tmp_path, student):
+    opts = ["MODEL.DEVICE", "cuda", *hgd(SOURCE="both", FG_KAPPA=1.0, GAP_GAMMA=1.0)]
+    model = build(tmp_path, student, opts)
+    inputs = batch()
+    step(model, inputs)
+    seen = {}
+    model.distillers["HGD"].register_forward_hook(lambda _, views, __: seen.update(views=views))
+    step(model, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.distillers["HGD"](*seen["views"])["feature"].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 def test_finite_without_objects(tmp_path, student):
     model = build(tmp_path, student, hgd(SOURCE="both", FG_KAPPA=1.0))
