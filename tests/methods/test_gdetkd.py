@@ -1,0 +1,201 @@
+"""G-DetKD's formulas: hand-computed cases, invariances, gradients, and the memory."""
+
+import pytest
+import torch
+from detectron2.structures import Boxes
+from torch.nn import functional as F
+
+from d2kd.methods import contrastive
+from d2kd.methods.contrastive import Memory, gather_over_gpus, hit_rate, overlapping
+from d2kd.methods.gdetkd import class_aware_localization, contrastive_loss, match_levels
+
+KEYS = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])[:, None]
+TEACHER_KEY = torch.tensor([[1.0, 0.2]])
+VALUES = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 3.0]])
+
+QUERIES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+TARGETS = torch.tensor([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0]])
+QUEUE = torch.tensor([[-1.0, 0.0], [0.0, -1.0]])
+BOXES = Boxes(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [20, 20, 30, 30]]))
+NONE = torch.zeros(3, 3, dtype=torch.bool)
+
+
+def units(generator, *shape, dtype=torch.float32):
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "temperature, weights, mse",
+    [
+        (1.0, [0.471776, 0.316241, 0.211983], 0.0348893),
+        (0.1, [0.981690, 0.017980, 0.000329], 0.9627465),
+    ],
+)
+def test_match_by_hand(temperature, weights, mse):
+    found = match_levels(KEYS, TEACHER_KEY, temperature)
+    assert torch.allclose(found[:, 0], torch.tensor(weights), atol=1e-6)
+    merged = found.t() @ VALUES
+    assert (merged - 1).square().mean().item() == pytest.approx(mse, rel=1e-5)
+
+
+def test_match_sums_to_one_over_levels_and_permutes():
+    generator = torch.Generator().manual_seed(0)
+    keys, teacher = torch.randn(5, 7, 4, generator=generator), torch.randn(7, 4)
+    found = match_levels(keys, teacher, 0.7)
+    assert found.shape == (5, 7)
+    assert torch.allclose(found.sum(dim=0), torch.ones(7))
+    levels, regions = torch.randperm(5), torch.randperm(7)
+    assert torch.allclose(match_levels(keys[levels], teacher, 0.7), found[levels])
+    assert torch.allclose(match_levels(keys[:, regions], teacher[regions], 0.7), found[:, regions])
+    assert torch.equal(match_levels(keys[:1], teacher, 0.7), torch.ones(1, 7))
+    assert match_levels(keys[:, :0], teacher[:0], 0.7).shape == (5, 0)
+
+
+@pytest.mark.parametrize(
+    "excluded, in_denominator, expected, mean",
+    [
+        (overlapping([BOXES], 0.5), True, [1.001016, 0.253856, 1.547091], 0.933988),
+        (overlapping([BOXES], 0.5), False, [0.542932, -1.241376, 1.307734], 0.203097),
+        (NONE, True, None, 1.057533),
+    ],
+)
+def test_contrast_by_hand(excluded, in_denominator, expected, mean):
+    loss = contrastive_loss(QUERIES, TARGETS, excluded, QUEUE, 0.5, in_denominator)
+    assert loss.mean().item() == pytest.approx(mean, abs=1e-6)
+    if expected:
+        assert torch.allclose(loss, torch.tensor(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("in_denominator", [True, False])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_contrast_equals_a_loop(monkeypatch, chunk, in_denominator):
+    monkeypatch.setattr(contrastive, "_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(1)
+    queries = units(generator, 6, 3, dtype=torch.float64).requires_grad_()
+    keys = units(generator, 9, 3, dtype=torch.float64).requires_grad_()
+    queue = units(generator, 11, 3, dtype=torch.float64)
+    queue[:2] = 0  # never filled
+    excluded = torch.rand(6, 9, generator=generator) < 0.4
+    loss = contrastive_loss(queries, keys, excluded, queue, 0.07, in_denominator)
+    naive = []
+    for i in range(6):
+        own = (queries[i] @ keys[i] / 0.07).exp()
+        others = [j for j in range(9) if j != i and not excluded[i, j]]
+        negatives = sum((queries[i] @ keys[j] / 0.07).exp() for j in others)
+        negatives = negatives + sum((queries[i] @ k / 0.07).exp() for k in queue[2:])
+        naive.append(-(own / (negatives + own * in_denominator)).log())
+    naive = torch.stack(naive)
+    assert torch.allclose(loss, naive)
+    found = torch.autograd.grad(loss.square().sum(), (queries, keys))
+    for got, expected in zip(found, torch.autograd.grad(naive.square().sum(), (queries, keys))):
+        assert torch.allclose(got, expected)
+
+
+def test_contrast_ignores_order_and_overlapping_copies():
+    order = torch.tensor([2, 0, 1])
+    excluded = overlapping([BOXES], 0.5)
+    loss = contrastive_loss(QUERIES, TARGETS, excluded, QUEUE, 0.5)
+    permuted = contrastive_loss(
+        QUERIES[order], TARGETS[order], excluded[order][:, order], QUEUE.flip(0), 0.5
+    )
+    assert torch.allclose(permuted, loss[order])
+    copied = torch.tensor([0, 1, 2, 0])
+    excluded = overlapping([BOXES[copied]], 0.5)
+    again = contrastive_loss(QUERIES[copied], TARGETS[copied], excluded, QUEUE, 0.5)
+    assert torch.allclose(again[0], loss[0])
+
+
+@pytest.mark.parametrize("in_denominator", [True, False])
+@pytest.mark.parametrize("num, places", [(0, 0), (0, 5), (1, 0), (1, 5), (3, 0)])
+def test_contrast_is_finite_without_negatives(num, places, in_denominator):
+    queries = units(torch.Generator().manual_seed(0), num, 4).requires_grad_()
+    excluded = torch.ones(num, num, dtype=torch.bool)
+    loss = contrastive_loss(
+        queries, queries.detach(), excluded, torch.zeros(places, 4), 0.07, in_denominator
+    )
+    assert torch.equal(loss, torch.zeros(num))
+    loss.sum().backward()
+    assert torch.equal(queries.grad, torch.zeros_like(queries))
+
+
+def test_memory_needs_one_chunk_of_logits(monkeypatch):
+    """Whatever its size, no tensor over the whole queue is kept for the backward pass."""
+    monkeypatch.setattr(contrastive, "_CHUNK", 16)
+    queries = units(torch.Generator().manual_seed(0), 4, 8).requires_grad_()
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    queue = units(torch.Generator().manual_seed(1), 4096, 8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        contrastive_loss(queries, queries.detach(), torch.eye(4).bool(), queue, 0.07)
+    assert max(kept) <= 4 * 8
+
+
+def test_hit_rate():
+    # The first is nearer to the third key, the third to the first: only the second hits.
+    assert hit_rate(QUERIES, TARGETS, NONE, QUEUE).item() == pytest.approx(1 / 3)
+    closer = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    assert hit_rate(QUERIES, TARGETS, NONE, closer) == 0
+    excluded = ~torch.eye(3, dtype=torch.bool)
+    assert hit_rate(QUERIES, TARGETS, excluded, QUEUE) == 1
+    assert hit_rate(QUERIES[:0], TARGETS[:0], NONE[:0, :0], QUEUE) == 0
+
+
+def test_overlaps_stay_within_an_image():
+    found = overlapping([BOXES, BOXES[:2]], 0.5)
+    expected = torch.eye(5, dtype=torch.bool)
+    for i, j in ((0, 1), (3, 4)):
+        expected[i, j] = expected[j, i] = True
+    assert torch.equal(found, expected)
+    assert not overlapping([BOXES], 1.0).any()
+    assert torch.equal(overlapping([BOXES], 0.85), torch.eye(3, dtype=torch.bool))
+    assert overlapping([BOXES[:0], BOXES[:0]], 0.5).shape == (0, 0)
+
+
+def test_localization_by_hand():
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    differences = torch.tensor(
+        [[[0.1, 0.1, -0.1, -0.1], [0.3, 0, 0.1, 0.2]], [[0.5, 0.5, 0.5, 0.5], [-1, 0, 0.5, 0]]]
+    )
+    student = torch.randn(2, 2, 4, requires_grad=True)
+    loss = class_aware_localization(probs, student.detach() + differences, student)
+    assert loss.item() == pytest.approx(0.265, abs=1e-6)
+    loss.backward()
+    assert student.grad.abs().sum() > 0
+    assert class_aware_localization(probs[:0], student[:0], student[:0]) == 0
+
+
+def test_localization_of_class_agnostic_boxes():
+    probs, t, s = torch.tensor([[0.3, 0.3, 0.4]]), torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    assert class_aware_localization(probs, t, s).item() == pytest.approx(0.6 * 4)
+
+
+def test_memory_is_first_in_first_out():
+    memory = Memory(4, 1)
+    memory.append(torch.tensor([[1.0], [2.0], [3.0]]))
+    assert memory.vectors.flatten().tolist() == [0, 1, 2, 3]
+    memory.append(torch.tensor([[4.0], [5.0]]))
+    assert memory.vectors.flatten().tolist() == [2, 3, 4, 5]
+    memory.append(torch.zeros(0, 1))
+    assert memory.vectors.flatten().tolist() == [2, 3, 4, 5]
+    memory.append(torch.arange(10.0)[:, None])
+    assert memory.vectors.flatten().tolist() == [6, 7, 8, 9]
+    restored = Memory(4, 1)
+    restored.load_state_dict(memory.state_dict())
+    assert torch.equal(restored.vectors, memory.vectors)
+    assert memory.vectors.untyped_storage().nbytes() == 16
+
+
+def test_without_memory():
+    memory = Memory(0, 3)
+    memory.append(torch.ones(5, 3))
+    assert memory.vectors.shape == (0, 3)
+
+
+def test_one_process_gathers_its_own():
+    vectors = torch.randn(3, 2)
+    others, everything = gather_over_gpus(vectors)
+    assert others.shape == (0, 2) and torch.equal(everything, vectors)
