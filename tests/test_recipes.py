@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toys import config
+from detectron2.config import get_cfg
 
+from d2kd.config import add_distill_config, load_yaml
 from d2kd.model_zoo import CONFIG_DIRS, resolve_config
 from d2kd.modeling import build_family
 from d2kd.modeling.build import (
@@ -36,7 +37,9 @@ def test_recipe_is_short_and_documented(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_pair_of_a_recipe_fits(name):
-    cfg = config(name, ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    load_yaml(cfg, RECIPES[name], ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
     with torch.device("meta"):  # shapes only
         student = build_family(build_detector(cfg))
         teacher = build_family(build_teacher_detector(cfg)[0])

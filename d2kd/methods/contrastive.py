@@ -1,18 +1,19 @@
-"""Contrastive loss between the regions of two detectors, and the memory of its negatives.
+"""Contrastive loss between the regions of two detectors.
 
-Shapes: R queries (the student's regions on this GPU), M current keys (the teacher's regions of the
-step), Q places in the memory, d numbers per vector.
+Shapes: R queries (the student's regions on this GPU), M current keys (the teacher's regions of all
+GPUs), Q places in the memory, d numbers per vector, A anchors per location.
 """
 
-from typing import List, Tuple
+from typing import Dict, List, Optional
 
 import torch
-import torch.distributed as dist
 from detectron2.structures import Boxes, pairwise_iou
-from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d2kd.methods.channel_statistics import as_float
+from d2kd.methods.log import log_sometimes
+from d2kd.methods.memory import Memory, gather_over_gpus
 
 # Logit of what does not count as a negative: finite, so that gradients are 0 and never NaN
 _EXCLUDED = -1e30
@@ -118,55 +119,125 @@ def overlapping(boxes: List[Boxes], threshold: float) -> Tensor:
     return torch.block_diag(*[pairwise_iou(b, b) > threshold for b in boxes])
 
 
-@torch.no_grad()
-def gather_over_gpus(vectors: Tensor) -> Tuple[Tensor, Tensor]:
-    """The vectors of all processes. Every process has to call it; it may have none.
+class RegionContrast(nn.Module):
+    """Adapter, shared projection and memory around :func:`contrastive_loss`: the student's vector
+    of a region is nearer to the teacher's of the same region than to those of others."""
 
-    Args:
-        vectors: (R, d); R may differ between processes.
-
-    Returns:
-        the vectors of the other processes (O, d), and those of all in the order of ranks.
-    """
-    if comm.get_world_size() == 1:
-        return vectors[:0], vectors
-    count = torch.tensor([len(vectors)], device=vectors.device)
-    counts = [torch.empty_like(count) for _ in range(comm.get_world_size())]
-    dist.all_gather(counts, count)
-    sizes = torch.cat(counts).tolist()  # on the host, where the shapes of tensors are
-    padded = vectors.new_zeros(max(sizes), vectors.shape[1])
-    padded[: len(vectors)] = vectors
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    parts = [part[:size] for part, size in zip(parts, sizes)]
-    others = [part for rank, part in enumerate(parts) if rank != comm.get_rank()]
-    return torch.cat(others), torch.cat(parts)
-
-
-class Memory(nn.Module):
-    """The last vectors of all processes, first in, first out.
-
-    Attributes:
-        vectors: (Q, d) float32, oldest first; places that were never filled hold zeros. A buffer:
-            saved with the run. The same in every process.
-    """
-
-    def __init__(self, size: int, dim: int):
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        proj_dim: int = 128,
+        num_anchors: int = 1,
+        gamma: float = 0.07,
+        positive_in_denominator: bool = True,
+        negative_iou: float = 0.5,
+        exclude_same_class: bool = False,
+        queue_size: int = 81920,
+        queue_raw: bool = False,
+        stop_grad_teacher_proj: bool = False,
+    ):
         """
         Args:
-            size: Q, whatever the number of GPUs; 0 = no memory.
-            dim: d.
+            student_dim, teacher_dim: lengths of the regions' vectors.
+            proj_dim: d, width of the projection; 0 = none, then there is always an adapter.
+            num_anchors: A, if every anchor of a location has an adapter of its own; else 1.
+            gamma: temperature γ.
+            positive_in_denominator: see :func:`contrastive_loss`.
+            negative_iou: boxes of an image with a higher IoU are no negatives of each other.
+            exclude_same_class: nor are boxes of an image whose objects are of one class.
+            queue_size: Q, over all GPUs.
+            queue_raw: keep the teacher's vectors and project them anew in every step.
+            stop_grad_teacher_proj: the projection learns from the student's vectors alone.
         """
         super().__init__()
-        self.register_buffer("vectors", torch.zeros(size, dim))
+        self.num_anchors = num_anchors
+        self.gamma = gamma
+        self.positive_in_denominator = positive_in_denominator
+        self.negative_iou = negative_iou
+        self.exclude_same_class = exclude_same_class
+        self.queue_raw = queue_raw
+        self.stop_grad_teacher_proj = stop_grad_teacher_proj
+        adapts = student_dim != teacher_dim or num_anchors > 1 or not proj_dim
+        # With one adapter per anchor, their outputs stand one after the other.
+        self.adapter = (
+            nn.Linear(student_dim, num_anchors * teacher_dim, bias=bool(proj_dim))
+            if adapts
+            else nn.Identity()
+        )
+        self.projection = (
+            nn.Linear(teacher_dim, proj_dim, bias=False) if proj_dim else nn.Identity()
+        )
+        self.memory = Memory(queue_size, teacher_dim if queue_raw else proj_dim or teacher_dim)
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        boxes: List[Boxes],
+        classes: List[Tensor],
+        anchors: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Compares with the memory as it is, then adds the teacher's vectors of all GPUs to it.
+        Every process has to call this, with or without regions.
+
+        Args:
+            student: (R, D_s) vectors of the regions.
+            teacher: (R, D_t); gets no gradient.
+            boxes: per image, R together.
+            classes: per image, of the boxes; -1 = background.
+            anchors: (R,) in 0 ... A - 1; only read if there are several adapters.
+
+        Returns:
+            the mean over regions, a scalar; 0 without any.
+        """
+        with torch.autocast(student.device.type, enabled=False):
+            queries = self.project(self.adapt(as_float(student), anchors))
+            everything, first = gather_over_gpus(as_float(teacher.detach()))
+            keys = self.project(everything)
+            queue = self.memory.vectors
+            if self.queue_raw:
+                with torch.no_grad():
+                    queue = self.project(queue)
+        self.memory.append(everything if self.queue_raw else keys)
+        # This GPU's come first.
+        keys = (keys.detach() if self.stop_grad_teacher_proj else keys).roll(-first, dims=0)
+        excluded = self.excluded(boxes, classes)
+        log_sometimes(lambda: self.numbers(queries, keys, excluded, queue))
+        excluded = F.pad(excluded, (0, len(keys) - len(queries)))
+        loss = contrastive_loss(
+            queries, keys, excluded, queue, self.gamma, self.positive_in_denominator
+        )
+        return loss.sum() / max(len(loss), 1)
+
+    def adapt(self, vectors: Tensor, anchors: Optional[Tensor]) -> Tensor:
+        """(R, D_s) -> (R, D_t)."""
+        adapted = self.adapter(vectors)
+        if self.num_anchors == 1:
+            return adapted
+        adapted = adapted.unflatten(1, (self.num_anchors, -1))
+        return adapted[torch.arange(len(vectors), device=vectors.device), anchors]
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """(R, D_t) -> (R, d) unit vectors."""
+        return F.normalize(self.projection(vectors), dim=1)
+
+    def excluded(self, boxes: List[Boxes], classes: List[Tensor]) -> Tensor:
+        """(R, R) bool: regions of this GPU that are no negatives of each other."""
+        excluded = overlapping(boxes, self.negative_iou)
+        if self.exclude_same_class:
+            same = [(c[:, None] == c) & (c >= 0) for c in classes]
+            excluded = excluded | torch.block_diag(*same)
+        return excluded
 
     @torch.no_grad()
-    def append(self, vectors: Tensor) -> None:
-        """
-        Args:
-            vectors: (M, d), newest last. The oldest of the memory make room for them.
-        """
-        size = len(self.vectors)
-        newest = vectors[max(len(vectors) - size, 0) :].to(self.vectors.dtype)
-        # Not in place: a loss that waits for its backward pass may still hold the old ones.
-        self.vectors = torch.cat([self.vectors[len(newest) :], newest])
+    def numbers(
+        self, queries: Tensor, keys: Tensor, excluded: Tensor, queue: Tensor
+    ) -> Dict[str, Tensor]:
+        """What is logged: top-1 hit rate, and how many pairs of regions are excluded."""
+        padded = F.pad(excluded, (0, len(keys) - len(queries)))
+        return {
+            "gdetkd_ckd/hit_rate": hit_rate(queries, keys, padded, queue),
+            "gdetkd_ckd/excluded": excluded.sum() - excluded.diagonal().sum(),
+        }

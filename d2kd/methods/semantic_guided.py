@@ -6,7 +6,7 @@ d numbers per key.
 """
 
 import math
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.modeling.poolers import ROIPooler
@@ -14,6 +14,8 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from d2kd.methods.channel_statistics import as_float
+from d2kd.methods.defeat import object_masks
+from d2kd.methods.log import log_sometimes
 from d2kd.modeling.families import Level
 
 # Range of the learned temperature
@@ -34,13 +36,6 @@ def match_levels(student_keys: Tensor, teacher_keys: Tensor, temperature) -> Ten
     """
     products = (as_float(student_keys) * as_float(teacher_keys)).sum(dim=2)
     return (products / temperature).softmax(dim=0)
-
-
-class Imitation(NamedTuple):
-    """What one step of :class:`SemanticGuidedImitation` gives."""
-
-    loss: Tensor  # scalar
-    weights: Tensor  # (L, R), detached
 
 
 class SemanticGuidedImitation(nn.Module):
@@ -103,24 +98,29 @@ class SemanticGuidedImitation(nn.Module):
         lowest, highest = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
         return self.log_temperature.clamp(lowest, highest).exp()
 
-    def forward(self, features: Dict[str, Tensor], boxes: List[Boxes], target: Tensor) -> Imitation:
+    def forward(self, features: Dict[str, Tensor], boxes: List[Boxes], target: Tensor) -> Tensor:
         """
         Args:
             features: the student's levels by name.
             boxes: per image, in pixels of the padded batch.
             target: (R, C, r, r), what the teacher pools; gets no gradient.
+
+        Returns:
+            mean squared difference, a scalar; 0 without regions.
         """
         target = as_float(target.detach())
         adapted = self.adapted([features[level.name] for level in self.levels], boxes)
         if self.soft:
             keys = self.embed(adapted.flatten(0, 1)).flatten(1).unflatten(0, adapted.shape[:2])
             weights = match_levels(keys, self.embed(target).flatten(1), self.temperature)
-            merged = torch.einsum("lr,lrcyx->rcyx", weights, as_float(adapted))
+            log_sometimes(lambda: self.numbers(weights))
+            with torch.autocast(adapted.device.type, enabled=False):
+                merged = torch.einsum("lr,lrcyx->rcyx", weights, as_float(adapted))
         else:
-            weights, merged = adapted.new_ones(1, len(target)), as_float(adapted[0])
+            merged = as_float(adapted[0])
         squared = (merged - target).square()
         count = squared.numel() if self.mean_reduction else len(squared)
-        return Imitation(squared.sum() / max(count, 1), weights.detach())
+        return squared.sum() / max(count, 1)
 
     def adapted(self, levels: List[Tensor], boxes: List[Boxes]) -> Tensor:
         """(L, R, C, r, r), or (1, R, C, r, r) without soft matching."""
@@ -134,9 +134,61 @@ class SemanticGuidedImitation(nn.Module):
         adapters = list(self.adapters) * (len(levels) if shared else 1)
         return torch.stack([adapter(x) for adapter, x in zip(adapters, pooled)])
 
+    @torch.no_grad()
+    def numbers(self, weights: Tensor) -> Dict[str, Tensor]:
+        """What is logged: mean weight of every level, mean entropy (0 ... log L), τ."""
+        count = max(weights.shape[1], 1)
+        shares = weights.sum(dim=1) / count
+        entropy = torch.special.entr(weights).sum() / count
+        return {
+            **{f"gdetkd_sgfi/{lv.name}": share for lv, share in zip(self.levels, shares)},
+            "gdetkd_sgfi/entropy": entropy,
+            "gdetkd_sgfi/temperature": self.temperature,
+        }
+
 
 def _embedding(channels: int, widths: Sequence[int], final_relu: bool) -> nn.Sequential:
     layers = []
     for c_in, c_out in zip([channels, *widths], widths):
         layers += [nn.Conv2d(c_in, c_out, 3, stride=2), nn.ReLU()]
     return nn.Sequential(*(layers if final_relu else layers[:-1]))
+
+
+class MaskedImitation(nn.Module):
+    """What soft matching is compared with: the levels of equal stride imitate each other inside of
+    the objects' boxes."""
+
+    def __init__(self, levels: Sequence[Tuple[Level, Level]]):
+        """
+        Args:
+            levels: (student, teacher) levels of equal stride, finest first.
+        """
+        super().__init__()
+        self.levels = list(levels)
+        ours, theirs = levels[0]
+        self.adapter = nn.Conv2d(ours.channels, theirs.channels, 1)
+
+    def forward(
+        self, features: Dict[str, Tensor], target: Dict[str, Tensor], boxes: List[Boxes]
+    ) -> Tensor:
+        """
+        Args:
+            features, target: levels of student and teacher by name; the target gets no gradient.
+            boxes: objects per image.
+
+        Returns:
+            mean squared difference over channels and all cells that a box covers, a scalar.
+        """
+        ours = [self.adapter(features[level.name]) for level, _ in self.levels]
+        masks = object_masks(
+            [b.tensor for b in boxes],
+            [x.shape[-2:] for x in ours],
+            [level.stride for level, _ in self.levels],
+            assign="all_levels",
+        )
+        total, count = 0.0, 0.0
+        for x, (_, level), mask in zip(ours, self.levels, masks):
+            squared = (as_float(x) - as_float(target[level.name].detach())).square()
+            total = total + (squared.mean(dim=1) * mask).sum()
+            count = count + mask.sum()
+        return total / count.clamp(min=1)

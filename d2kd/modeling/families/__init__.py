@@ -6,6 +6,7 @@ from .box_head import BoxHead, RoIs
 from .dense_head import BRANCHES, DenseHead, DensePredictions, TowerHead
 from .family import FAMILY_REGISTRY, Family, Level, build_family, paired_levels, paired_stages
 from .stages import StagePair, trained_stage_pairs
+from .transfer import copy_weights
 
 __all__ = [
     "BRANCHES",
@@ -20,6 +21,7 @@ __all__ = [
     "StagePair",
     "TowerHead",
     "build_family",
+    "copy_weights",
     "paired_levels",
     "paired_stages",
     "dense",

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from d2kd.errors import UserError
 
+from .transfer import copy_weights
+
 
 class RoIs(NamedTuple):
     """What a box head makes of R boxes, in the order of images and boxes."""
@@ -45,6 +47,21 @@ class BoxHead:
     def predictor(self, stage: int) -> nn.Module:
         """The layers from the hidden vector to logits and deltas."""
         return self.module.box_predictor[stage] if self._cascade else self.module.box_predictor
+
+    def hidden_dim(self, stage: int) -> int:
+        """D, the length of a stage's hidden vector."""
+        return self.head(stage).output_shape.channels
+
+    def copy_from(self, teacher: "BoxHead", key: str) -> None:
+        """Fills the box head and the predictor of every stage with the teacher's.
+
+        Raises:
+            UserError: if the teacher has fewer stages, or other shapes.
+        """
+        teacher.check_stage(self.num_stages - 1, key, "the teacher")
+        for stage in range(self.num_stages):
+            copy_weights(self.head(stage), teacher.head(stage), key)
+            copy_weights(self.predictor(stage), teacher.predictor(stage), key)
 
     def taps(self) -> Dict[str, nn.Module]:
         """The modules to observe for :meth:`recorded`."""
