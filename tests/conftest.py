@@ -1,11 +1,18 @@
 """Fixtures for tests that train."""
 
 import dataclasses
+import logging
 
 import pytest
 
 from d2kd.data.builtin import register_shapes
 from d2kd.data.shapes import SPECS
+
+
+@pytest.fixture(autouse=True)
+def logs_can_be_captured():
+    """A run that was set up in this process keeps its log messages to itself."""
+    logging.getLogger("d2kd").propagate = True
 
 
 @pytest.fixture(scope="session")

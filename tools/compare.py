@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains several configs with several seeds and compares them in a table.
 
-    python tools/compare.py --seeds 1 2 3 shapes/fcos_tiny.yaml shapes/frs_fcos_tiny.yaml
+    python tools/compare.py shapes/fcos_tiny.yaml shapes/frs_fcos_tiny.yaml --seeds 1 2 3
     python tools/compare.py CONFIG CONFIG --opts SOLVER.MAX_ITER 1000
 
 Runs that are finished are not repeated, an interrupted one is resumed. The table is printed and

@@ -7,6 +7,8 @@ from typing import List, Optional
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from d2kd.config import add_distill_config, load_yaml
 from d2kd.errors import UserError
@@ -38,6 +40,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not (args.resume or args.eval_only):
         refuse_finished_run(cfg.OUTPUT_DIR)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     return cfg
 
 

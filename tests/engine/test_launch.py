@@ -34,6 +34,9 @@ def test_trains_evaluates_and_refuses_to_overwrite(run, tmp_path):
     assert run(FRS) is None
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model_final.pth", "student.yaml", "config.yaml", "metrics.json", "log.txt"} <= files
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "Teacher and student:" in log and "loss_frs_feature" in log
+    assert "Teacher: all 1,598,699 parameters from d2kd://fcos_tiny_teacher.pth" in log
     before = (tmp_path / "run" / "model_final.pth").read_bytes()
     assert "holds a finished run" in run(FRS)
     assert (tmp_path / "run" / "model_final.pth").read_bytes() == before
