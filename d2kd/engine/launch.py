@@ -5,10 +5,12 @@ import re
 import sys
 from typing import List, Optional
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
 from d2kd.config import add_distill_config, load_yaml
 from d2kd.errors import UserError
@@ -93,15 +95,22 @@ def _user_message(error: Exception) -> Optional[str]:
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Entry point; see ``--help``."""
-    args = argument_parser().parse_args(argv)
-    launch(
-        _run_reporting,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    parser = argument_parser()
+    args = parser.parse_args(argv)
+    gpus = torch.cuda.device_count()
+    if args.num_gpus > max(gpus, 1):
+        parser.exit(1, f"error: --num-gpus is {args.num_gpus}, but torch sees {gpus}\n")
+    try:
+        launch(
+            _run_reporting,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as error:  # which has said why
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

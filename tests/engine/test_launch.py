@@ -87,6 +87,10 @@ def test_bad_input_gets_one_line(run, tmp_path, opts, expected):
     assert not (tmp_path / "run" / "model_final.pth").exists()
 
 
+def test_more_processes_than_gpus(run):
+    assert "--num-gpus is 999, but torch sees" in run(FRS, flags=["--num-gpus", "999"])
+
+
 def test_config_that_does_not_exist(run):
     assert "--config-file is 'nothing.yaml': no such file" in run("nothing.yaml")
 
