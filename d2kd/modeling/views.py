@@ -46,6 +46,10 @@ class Recorder(contextlib.AbstractContextManager):
             handle.remove()
 
 
+def _in_backbone(tap: str) -> bool:
+    return tap.split(".")[0] in ("backbone", "stages")
+
+
 class View:
     """One detector on one batch. Everything is computed once, at the first reading."""
 
@@ -74,6 +78,10 @@ class View:
     def stages(self) -> Dict[str, Tensor]:
         """Backbone stage outputs by name, (N, C, H / stride, W / stride)."""
         return self.calls("stages")[0][1]
+
+    def stage_before_relu(self, name: str) -> Tensor:
+        """A backbone stage before its last ReLU, as in :attr:`stages`."""
+        return self.calls(f"stages.{name}.pre")[0][1]
 
     @cached_property
     def features(self) -> Dict[str, Tensor]:
@@ -179,11 +187,11 @@ class TeacherView(View):
 
     def calls(self, tap: str) -> List[Tuple]:
         if tap not in self._calls:
-            self._run("backbone" if tap in ("backbone", "stages") else "head")
+            self._run("backbone" if _in_backbone(tap) else "head")
         return self._calls[tap]
 
     def _run(self, part: str) -> None:
-        in_backbone = {k: m for k, m in self._taps.items() if k in ("backbone", "stages")}
+        in_backbone = {k: m for k, m in self._taps.items() if _in_backbone(k)}
         in_head = {k: m for k, m in self._taps.items() if k not in in_backbone}
         detector = self.family.detector
         with torch.no_grad(), self.precision():
@@ -211,6 +219,10 @@ class TeacherView(View):
     def stages(self) -> Dict[str, Tensor]:
         outputs = self.calls("stages")[0][1]
         return {s.name: self._crop(outputs[s.name], s.stride) for s in self.family.stages}
+
+    def stage_before_relu(self, name: str) -> Tensor:
+        stride = next(stage.stride for stage in self.family.stages if stage.name == name)
+        return self._crop(super().stage_before_relu(name), stride)
 
     @cached_property
     def images(self) -> ImageList:

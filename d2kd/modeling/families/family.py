@@ -8,6 +8,7 @@ from torch import nn
 from d2kd.errors import UserError, nearest
 
 from .dense_head import DenseHead
+from .residual import residual_sums
 
 FAMILY_REGISTRY = Registry("FAMILY")
 FAMILY_REGISTRY.__doc__ = """
@@ -78,6 +79,11 @@ class Family:
         return [Level(name, shape.stride, shape.channels) for name, shape in shapes.items()]
 
     @property
+    def stages_before_relu(self) -> FrozenSet[str]:
+        """The stages that a view can also give before their last ReLU, by name."""
+        return frozenset(residual_sums(self.stage_module))
+
+    @property
     def stage_module(self) -> nn.Module:
         """The part of the backbone below the FPN."""
         return getattr(self.detector.backbone, "bottom_up", self.detector.backbone)
@@ -99,7 +105,8 @@ class Family:
 
         Args:
             needs: a subset of :attr:`offers`; "tower.3" for the towers after block 3 alone,
-                "tower.3.pre" before its activation.
+                "tower.3.pre" before its activation; "stages.res3.pre" for one of
+                :attr:`stages_before_relu`.
 
         Returns:
             modules by the name under which the view looks their outputs up.
@@ -108,6 +115,9 @@ class Family:
         taps = {"backbone": backbone}
         if "stages" in needs:
             taps["stages"] = self.stage_module
+        for name, module in residual_sums(self.stage_module).items():
+            if f"stages.{name}.pre" in needs:
+                taps[f"stages.{name}.pre"] = module
         if "dense" in needs:
             taps["head"] = self.dense_head.module
         for name, module in self.dense_head.tower_taps().items():
