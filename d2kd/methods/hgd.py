@@ -17,14 +17,14 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d2kd.errors import UserError, nearest
 from d2kd.methods.adapters import identity_adapters
 from d2kd.methods.defeat import object_masks
-from d2kd.methods.distances import DISTANCES, NORMS, squared_scale
+from d2kd.methods.distances import DISTANCES, squared_scale
 from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
 from d2kd.methods.grids import resize, valid_cells
-from d2kd.methods.schedule import term_config
-from d2kd.modeling.families import StagePair, trained_stage_pairs
+from d2kd.methods.hgd_config import KEY, SOURCES, check_before_relu, check_config, hgd_config
+from d2kd.methods.log import log_sometimes
+from d2kd.modeling.families import Level, StagePair, trained_stage_pairs
 from d2kd.modeling.meta_arch.losses import mean_over_gpus
 
 logger = logging.getLogger(__name__)
@@ -33,19 +33,6 @@ logger = logging.getLogger(__name__)
 TINY = 1e-30
 # Of the running statistics
 MOMENTUM = 0.99
-
-# What the views call the maps
-SOURCES = {"backbone": ("stages",), "neck": ("features",), "both": ("stages", "features")}
-PAIRINGS = ("stride", "order", "learned")
-MACROS = ("gap", "per_image", "uncertainty")
-RANGES = {
-    "BETA_S": (0, 4),
-    "BETA_C": (0, 4),
-    "GAP_GAMMA": (0, 4),
-    "FG_KAPPA": (0, 1000),
-    "W_MAX": (1, 1000000),
-    "ETA": (-2, 2),
-}
 
 
 def power_weights(strength: Tensor, power: float, valid: Tensor) -> Tensor:
@@ -92,6 +79,12 @@ def _clipped_product(position: Tensor, channel: Tensor, max_weight: float) -> Te
     return (position[:, None] * channel[..., None, None]).clamp_(max=max_weight)
 
 
+def _with_mean_one(weights: Tensor, valid: Tensor) -> Tensor:
+    count = weights.shape[1] * valid.sum((1, 2))
+    mean = weights.sum((1, 2, 3)) / count.clamp(min=1)
+    return weights / mean.clamp(min=TINY)[:, None, None, None]
+
+
 def element_weights(
     teacher: Tensor, valid: Tensor, spatial_power: float, channel_power: float, max_weight: float
 ) -> Tensor:
@@ -108,10 +101,7 @@ def element_weights(
         (N, C, h, w), with mean 1 per image over valid elements; 0 elsewhere; no gradient.
     """
     position, channel = micro_weights(teacher, valid, spatial_power, channel_power)
-    weights = _clipped_product(position, channel, max_weight)
-    count = channel.shape[1] * valid.sum((1, 2))
-    mean = weights.sum((1, 2, 3)) / count.clamp(min=1)
-    return weights / mean.clamp(min=TINY)[:, None, None, None]
+    return _with_mean_one(_clipped_product(position, channel, max_weight), valid)
 
 
 def stage_weights(gaps: Tensor, power: float, low: float = 0.25, high: float = 4.0) -> Tensor:
@@ -159,22 +149,9 @@ def weighted_distance(
     knee = scale.sqrt()[:, None, None]
     gap = DISTANCES[distance].between(student.float(), teacher.float(), knee)
     total = weights.sum((1, 2, 3)).clamp(min=TINY)[:, None]
-    return (weights * gap).sum((2, 3)) * channel.shape[1] / total
-
-
-def _check_config(node: CfgNode) -> None:
-    key = "DISTILL.HGD"
-    choices = {"SOURCE": SOURCES, "PAIRING": PAIRINGS, "NORM": NORMS, "DISTANCE": DISTANCES}
-    for name, known in {**choices, "MACRO": MACROS}.items():
-        if node[name] not in known:
-            raise UserError(f"{key}.{name} is '{node[name]}': {nearest(node[name], known)}")
-    wrong = [
-        f"{key}.{name} is {node[name]}: give {low} to {high}"
-        for name, (low, high) in RANGES.items()
-        if not low <= node[name] <= high
-    ]
-    if wrong:
-        raise UserError("; ".join(wrong))
+    # In place, but for the distances of positions: one full map less at the peak
+    weighted = gap.mul_(weights) if gap.shape == weights.shape else gap * weights
+    return weighted.sum((2, 3)) * channel.shape[1] / total
 
 
 @DISTILLER_REGISTRY.register()
@@ -190,6 +167,8 @@ class HGD(Distiller):
         *,
         pairs: Sequence[StagePair],
         terms: Sequence[str] = ("feature",),
+        before_relu: bool = False,
+        learned_shares: bool = False,
         norm: str = "energy",
         distance: str = "l2",
         spatial_power: float = 1.0,
@@ -202,21 +181,25 @@ class HGD(Distiller):
     ):
         """
         Args:
-            pairs: the stages that correspond, finest first. Several teacher stages in a pair are
-                mixed with learned shares.
+            pairs: the stages that correspond, finest first.
             terms: "feature".
+            before_relu: read backbone stages before their last ReLU.
+            learned_shares: several teacher stages in a pair are mixed with learned shares, at the
+                student's size; otherwise they are averaged, at the size of the first.
             norm: one of :data:`NORMS`.
             distance: one of :data:`DISTANCES`.
             spatial_power, channel_power, gap_power: β_s, β_c and γ of the micro weights.
             foreground: κ, what a ground-truth box adds to the weight 1.
             max_weight: as in :func:`element_weights`.
-            macro: one of :data:`MACROS`.
+            macro: "gap", "per_image" or "uncertainty".
             macro_power: η; "uncertainty" does not read it.
         """
         super().__init__(terms, num_levels=len(pairs))
         self.pairs = list(pairs)
-        parts = tuple(sorted({pair.part for pair in pairs}))
-        self.requires = {"feature": Needs(student=parts, teacher=parts)}
+        self.before_relu = before_relu
+        ours = {self._need(p.part, p.student) for p in pairs}
+        theirs = {self._need(p.part, stage) for p in pairs for stage in p.teachers}
+        self.requires = {"feature": Needs(tuple(sorted(ours)), tuple(sorted(theirs)))}
         self.norm = norm
         self.distance = distance
         self.powers = (spatial_power, channel_power)
@@ -227,9 +210,8 @@ class HGD(Distiller):
         self.macro_power = macro_power
         widths = [pair.teachers[0].channels for pair in pairs]
         self.adapters = identity_adapters(zip([p.student.channels for p in pairs], widths))
-        mixed = any(len(pair.teachers) > 1 for pair in pairs)
         self.mixing = nn.ParameterList(
-            nn.Parameter(torch.zeros(len(pair.teachers))) for pair in pairs if mixed
+            nn.Parameter(torch.zeros(len(pair.teachers))) for pair in pairs if learned_shares
         )
         if macro == "uncertainty":
             self.log_variances = nn.Parameter(torch.zeros(len(pairs)))
@@ -240,54 +222,29 @@ class HGD(Distiller):
 
     @classmethod
     def default_config(cls) -> CfgNode:
-        node = CfgNode()
-        # λ (our reading). LEVEL_WEIGHTS: one factor per stage, the "manual" macro weights
-        node.FEATURE = term_config(weight=1.0, warmup_iters=1000)
-        # backbone (stages), neck (FPN levels) or both (our reading)
-        node.SOURCE = "backbone"
-        # The student's stages or levels, by name; empty = all that are trained (our reading)
-        node.STAGES = []
-        # stride; order (from the coarsest); learned: a mix of all teacher stages, which must
-        # be of one width (our reading)
-        node.PAIRING = "stride"
-        # Errors are divided by the running root mean square of the teacher's stage (energy), by
-        # the standard deviation of each of its channels (channel_std), or not (our reading)
-        node.NORM = "energy"
-        # l2, l1, smooth_l1, cosine (of positions; NORM has no effect), or partial_l2: no error
-        # where student <= teacher <= 0, for maps with negative values (our reading)
-        node.DISTANCE = "l2"
-        # Micro weights: powers of the teacher's activation per position and per channel, and of
-        # the error per position; 0 = off (our reading)
-        node.BETA_S = 1.0
-        node.BETA_C = 1.0
-        node.GAP_GAMMA = 0.0
-        # Positions in ground-truth boxes weigh 1 + FG_KAPPA times as much (our reading)
-        node.FG_KAPPA = 0.0
-        # Highest product of the micro weights, before their mean becomes 1 (our reading)
-        node.W_MAX = 10.0
-        # Macro weights: gap (of stages, by their running loss), per_image (of images, by their
-        # loss), or uncertainty (learned, of stages) (our reading)
-        node.MACRO = "gap"
-        # Power of the gap: 1 = more for those that lag, 0 = uniform, -1 = equal shares of the loss
-        # (our reading)
-        node.ETA = 1.0
-        return node
+        return hgd_config()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student, teacher) -> Dict:
         node = cls.node(cfg)
-        _check_config(node)
+        check_config(node)
+        parts = SOURCES[node.SOURCE]
         pairs, frozen = trained_stage_pairs(
-            student, teacher, SOURCES[node.SOURCE], node.STAGES, node.PAIRING, "DISTILL.HGD"
+            student, teacher, parts, node.STAGES, node.PAIRING, KEY, node.UNPAIRED
         )
+        before_relu = node.TAP == "pre_relu"
+        if before_relu:
+            check_before_relu(pairs, student, teacher)
         if frozen:
             logger.warning(
-                f"DISTILL.HGD.STAGES: {', '.join(frozen)} of the student cannot learn "
+                f"{KEY}.STAGES: {', '.join(frozen)} of the student cannot learn "
                 f"(MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}), left out"
             )
         return {
             "pairs": pairs,
             "terms": cls.enabled_terms(cfg),
+            "before_relu": before_relu,
+            "learned_shares": node.PAIRING == "learned",
             "norm": node.NORM,
             "distance": node.DISTANCE,
             "spatial_power": node.BETA_S,
@@ -301,12 +258,13 @@ class HGD(Distiller):
 
     def forward(self, student, teacher, targets) -> Dict[str, Tensor]:
         sizes = student.images.image_sizes
-        distances, scales = [], []
+        distances, scales, micro = [], [], []
         for k in range(len(self.pairs)):
             adapted, target, stride = self.correspond(k, student, teacher)
             valid = valid_cells(sizes, target.shape[-2:], stride, target.device)
             scales.append(squared_scale(target, valid, self.norm))
             position, channel = self.micro(adapted, target, valid, stride, scales[-1], targets)
+            micro.append((position, channel, valid, stride))
             # The backward pass makes weights and errors again: no full map is kept for it
             per_channel = checkpoint(
                 weighted_distance,
@@ -322,17 +280,30 @@ class HGD(Distiller):
             )
             grouped = self.norm != "channel_std"
             distances.append(per_channel.mean(1, keepdim=True) if grouped else per_channel)
-        return {"feature": self.balance(self.normalize(distances, scales))}
+        losses = self.normalize(distances, scales)
+        log_sometimes(lambda: self.numbers(losses, micro, targets))
+        return {"feature": self.balance(losses)}
+
+    def _need(self, part: str, stage: Level) -> str:
+        return f"stages.{stage.name}.pre" if self.before_relu and part == "stages" else part
+
+    def _read(self, view, part: str, stage: Level) -> Tensor:
+        if self.before_relu and part == "stages":
+            return view.stage_before_relu(stage.name)
+        return getattr(view, part)[stage.name]
 
     def correspond(self, k: int, student, teacher) -> Tuple[Tensor, Tensor, int]:
         """The adapted student and its target at stage k, (N, C, h, w) each, and their stride."""
         part, ours, theirs = self.pairs[k]
-        adapted = self.adapters[k](getattr(student, part)[ours.name])
-        targets = [getattr(teacher, part)[stage.name] for stage in theirs]
+        adapted = self.adapters[k](self._read(student, part, ours))
+        targets = [self._read(teacher, part, stage) for stage in theirs]
         if len(self.mixing):
             shares = self.mixing[k].softmax(dim=0)
             resized = [resize(x.float(), adapted.shape[-2:]) for x in targets]
             return adapted, sum(w * x for w, x in zip(shares, resized)), ours.stride
+        if len(targets) > 1:
+            resized = [resize(x.float(), targets[0].shape[-2:]) for x in targets]
+            targets = [torch.stack(resized).mean(0)]
         (target,), (h, w) = targets, adapted.shape[-2:]
         if target.shape[-2] >= h and target.shape[-1] >= w:
             return adapted, resize(target, (h, w)), ours.stride
@@ -350,8 +321,7 @@ class HGD(Distiller):
             gap = (gap / distance.divisor(square)).mean(1)
             position = position * power_weights(gap, self.gap_power, valid.float())
         if self.foreground:
-            boxes = [t.gt_boxes.tensor for t in targets]
-            (inside,) = object_masks(boxes, [target.shape[-2:]], [stride], "all_levels")
+            inside = _inside_objects(targets, target.shape[-2:], stride)
             position = position * (1 + self.foreground * inside)
         return position, channel
 
@@ -374,16 +344,46 @@ class HGD(Distiller):
         return torch.stack([(x / d).mean(1) for x, d in zip(distances, divisors)], dim=1)
 
     def balance(self, losses: Tensor) -> Tensor:
-        """Macro weights: (N, K) -> (K,), each stage's share of the loss."""
-        per_stage = losses.mean(0)
-        if self.macro == "gap":
-            per_stage = per_stage * stage_weights(self.gaps, self.macro_power)
-        elif self.macro == "per_image":
-            weights = stage_weights(losses.mean(1), self.macro_power)
-            per_stage = (losses * weights[:, None]).mean(0)
-        else:
-            per_stage = per_stage * (-self.log_variances).exp() + self.log_variances
+        """(N, K) -> (K,), each stage's share of the loss."""
+        per_stage = (losses * self.macro_weights(losses)).mean(0)
+        if self.macro == "uncertainty":
+            per_stage = per_stage + self.log_variances
         return per_stage / len(self.pairs)
+
+    def macro_weights(self, losses: Tensor) -> Tensor:
+        """(N, K) -> (1, K) weights of stages, or (N, 1) of images."""
+        if self.macro == "gap":
+            return stage_weights(self.gaps, self.macro_power)[None]
+        if self.macro == "per_image":
+            return stage_weights(losses.mean(1), self.macro_power)[:, None]
+        return (-self.log_variances).exp()[None]
+
+    @torch.no_grad()
+    def numbers(self, losses: Tensor, micro: Sequence[Tuple], targets) -> Dict[str, Tensor]:
+        """What is logged of each stage: its loss, before and relative to the macro weights, the
+        highest micro weight, and the share of the micro weights that is on objects."""
+        plain = losses.mean(0)
+        macro = (losses * self.macro_weights(losses)).mean(0) / plain.clamp(min=TINY)
+        numbers = {}
+        for k, (position, channel, valid, stride) in enumerate(micro):
+            product = _clipped_product(position, channel, self.max_weight)
+            weights = _with_mean_one(product, valid)
+            inside = _inside_objects(targets, weights.shape[-2:], stride)
+            values = {
+                "loss": plain[k],
+                "macro": macro[k],
+                "max_micro": weights.amax(),
+                "on_objects": (weights.sum(1) * inside).sum() / weights.sum().clamp(min=TINY),
+            }
+            stage = f"hgd_feature/{self.pairs[k].student.name}"
+            numbers.update({f"{stage}/{name}": value for name, value in values.items()})
+        return numbers
+
+
+def _inside_objects(targets, size: Sequence[int], stride: int) -> Tensor:
+    """(N, h, w) bool, cells that ground-truth boxes cover."""
+    boxes = [t.gt_boxes.tensor for t in targets]
+    return object_masks(boxes, [tuple(size)], [stride], "all_levels")[0]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.utils.events import EventStorage
 
 from d2kd.methods.distances import DISTANCES, squared_scale
 from d2kd.methods.grids import resize, valid_cells
@@ -16,6 +17,13 @@ from d2kd.modeling.families import Level, StagePair
 TEACHER = torch.tensor([[3.0, 1, 0], [1, 0, 1]]).reshape(1, 2, 1, 3)
 STUDENT = torch.tensor([[2.0, 1, 1], [0, 0, 1]]).reshape(1, 2, 1, 3)
 EVERYWHERE = torch.ones(1, 1, 3, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def storage():
+    """Where losses are computed in training."""
+    with EventStorage():
+        yield
 
 
 def stage_loss(
@@ -342,13 +350,81 @@ def test_learned_correspondence_finds_the_stage():
     student, teacher = views(sizes=((16, 24), (16, 24)))
     teacher.features = {"p2": torch.randn(2, 3, 4, 6), "p3": torch.randn(2, 3, 2, 3)}
     student.features = {"p3": teacher.features["p3"]}
-    model = distiller([StagePair("features", levels[1], levels)], **FITNETS)
+    pairs = [StagePair("features", levels[1], levels)]
+    model = distiller(pairs, learned_shares=True, **FITNETS)
     optimizer = torch.optim.SGD(model.mixing.parameters(), lr=5.0)
     for _ in range(40):
         optimizer.zero_grad()
         model(student, teacher, None)["feature"].sum().backward()
         optimizer.step()
     assert model.mixing[0].softmax(0)[1] > 0.9
+
+
+@pytest.mark.parametrize("stride, size", [(4, (8, 12)), (16, (2, 3))])
+def test_unpaired_stages_are_averaged_into_a_pair(stride, size):
+    """At the size of the pair's own teacher stage."""
+    pair = StagePair("features", level("p3", 8, 4), (level("p3", 8, 6), level("px", stride, 6)))
+    student, teacher = views(sizes=((32, 48), (32, 48)))
+    student.features = {"p3": torch.randn(2, 4, 4, 6)}
+    teacher.features = {"p3": torch.randn(2, 6, 4, 6), "px": torch.randn(2, 6, *size)}
+    other = resize(teacher.features["px"], (4, 6))
+    target = (teacher.features["p3"] + other) / 2
+    model = distiller([pair], **FITNETS)
+    expected = (model.adapters[0](student.features["p3"]) - target).square().mean()
+    assert torch.allclose(model(student, teacher, None)["feature"][0], expected, rtol=1e-5)
+    assert not model.mixing
+
+
+def test_stages_before_relu_are_read_there():
+    student, teacher = views()
+    for view in (student, teacher):
+        before = {name: x - 0.5 for name, x in view.stages.items()}
+        view.stage_before_relu = before.__getitem__
+    model = distiller(before_relu=True, **FITNETS)
+    needs = model.requires["feature"]
+    assert needs.student == needs.teacher == ("stages.res2.pre", "stages.res3.pre")
+    losses = model(student, teacher, None)["feature"]
+    for view in (student, teacher):
+        view.stages = {name: x - 0.5 for name, x in view.stages.items()}
+    assert torch.equal(losses, distiller(**FITNETS)(student, teacher, None)["feature"])
+    levels = [p._replace(part="features") for p in PAIRS]
+    assert distiller(levels, before_relu=True).requires["feature"].student == ("features",)
+
+
+@pytest.mark.parametrize("macro", ["gap", "per_image", "uncertainty"])
+def test_numbers_that_are_logged(macro):
+    student, teacher = views()
+    boxes = [torch.tensor([[0.0, 0.0, 8.0, 16.0]]), torch.zeros(0, 4)]
+    targets = [SimpleNamespace(gt_boxes=SimpleNamespace(tensor=b)) for b in boxes]
+    model = distiller(foreground=4.0, max_weight=3.0, macro=macro)
+    variances = torch.zeros(2)
+    if macro == "uncertainty":
+        variances = model.log_variances.data.copy_(torch.tensor([1.0, -1.0]))
+    for iteration in (18, 19):
+        with EventStorage(iteration) as storage:
+            losses = model(student, teacher, targets)["feature"].detach()
+        logged = {name: value for name, (value, _) in storage.latest().items()}
+        assert len(logged) == (8 if iteration == 19 else 0)
+    for k, (name, stride) in enumerate((("res2", 4), ("res3", 8))):
+        numbers = [
+            logged[f"distill/hgd_feature/{name}/{x}"]
+            for x in ("loss", "macro", "max_micro", "on_objects")
+        ]
+        assert numbers[0] * numbers[1] / 2 == pytest.approx((losses - variances / 2)[k].item())
+        if macro == "gap":
+            assert numbers[1] == pytest.approx(stage_weights(model.gaps, 1)[k].item())
+        if macro == "uncertainty":
+            assert numbers[1] == pytest.approx(np.exp(-variances[k].item()))
+        target = teacher.stages[name]
+        valid = valid_cells(student.images.image_sizes, target.shape[-2:], stride, "cpu")
+        position, channel = micro_weights(target, valid, 1, 1)
+        position[0, :, : 8 // stride] *= 5
+        weights = (position[:, None] * channel[..., None, None]).clamp(max=3)
+        for n in range(2):
+            weights[n] /= weights[n][:, valid[n]].mean()
+        assert numbers[2] == pytest.approx(weights.max().item())
+        share = weights[0, :, :, : 8 // stride].sum() / weights.sum()
+        assert numbers[3] == pytest.approx(share.item()) and 0.1 < share < 0.9
 
 
 def test_backward_keeps_no_map_of_weights_or_errors():
@@ -373,6 +449,7 @@ def test_nothing_waits_for_the_device():
 
 def worker(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    EventStorage().__enter__()
     reductions, reduce = [], dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: reductions.append(1) or reduce(*args, **kwargs)
     model = distiller()

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from toys import STUDENTS, batch, distill_config, step
 
 from d2kd.errors import UserError
@@ -107,6 +108,54 @@ def test_order_pairing_counts_from_the_coarsest(tmp_path):
     assert torch.isfinite(step(model, batch())["loss_hgd_feature"])
 
 
+def test_unpaired_levels_are_averaged(tmp_path):
+    opts = hgd(SOURCE="neck", UNPAIRED="average")
+    model = build(tmp_path, "FCOS", opts, teacher="FasterRCNN")
+    teachers = [[t.name for t in p.teachers] for p in model.distillers["HGD"].pairs]
+    assert teachers == [["p3", "p2"], ["p4"], ["p5"], ["p6"]]
+    assert torch.isfinite(step(model, batch())["loss_hgd_feature"])
+
+
+@pytest.mark.parametrize("distance", ["l2", "partial_l2"])
+@pytest.mark.parametrize("student", ["RetinaNet", "FasterRCNN"])
+def test_stages_before_their_last_relu(tmp_path, student, distance):
+    plain = hgd(NORM="none", BETA_S=0.0, BETA_C=0.0, ETA=0.0)
+    opts = [*plain, *hgd(TAP="pre_relu", DISTANCE=distance)]
+    model, seen = build(tmp_path, student, opts), {}
+    method = model.distillers["HGD"]
+    method.register_forward_hook(lambda _, views, __: seen.update(views=views))
+    loss = step(model, batch([(96, 128)] * 2))["loss_hgd_feature"]
+    expected = 0.0
+    for adapter, pair in zip(method.adapters, method.pairs):
+        ours, theirs = (view.stage_before_relu(pair.student.name) for view in seen["views"][:2])
+        assert (theirs < 0).any()
+        error = (adapter(ours) - theirs).square()
+        if distance == "partial_l2":
+            error = torch.where((adapter(ours) <= theirs) & (theirs <= 0), 0.0, error)
+        expected = expected + error.mean() / len(method.pairs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert model.student.backbone.bottom_up.res5[-1].conv2.weight.grad.abs().sum() > 0
+
+
+def test_timm_has_no_stages_before_relu(tmp_path):
+    backbone = ["MODEL.BACKBONE.NAME", "build_timm_fpn_p6p7_backbone", *MOBILENET]
+    opts = [*backbone, *hgd(TAP="pre_relu", STAGES=["res4"])]
+    message = r"^DISTILL.HGD.TAP is 'pre_relu', but res4 of the student \(TimmBackbone\) do"
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, "RetinaNet", opts, teacher="FasterRCNN")
+
+
+def test_numbers_of_every_stage_are_logged(tmp_path):
+    model = build(tmp_path, "RetinaNet", hgd(SOURCE="both"))
+    with EventStorage(19) as storage:
+        model(batch())
+    logged = {k: v for k, (v, _) in storage.latest().items() if "hgd_feature/" in k}
+    assert len(logged) == 4 * 8  # res3 ... res5, p3 ... p7
+    assert all(value > 0 for value in logged.values())
+    assert all(logged[k] <= 1 for k in logged if k.endswith("on_objects"))
+
+
 def test_frozen_stages_are_left_out_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         model = build(tmp_path, "FasterRCNN", ["MODEL.BACKBONE.FREEZE_AT", 3])
@@ -154,6 +203,8 @@ def test_an_equal_teacher_is_imitated_already(tmp_path):
         (hgd(MACRO="x"), "MACRO is 'x': known: gap, per_image, uncertainty"),
         (hgd(DISTANCE="l3"), "DISTANCE is 'l3'"),
         (hgd(SOURCE="head"), "SOURCE is 'head'"),
+        (hgd(TAP="pre"), "TAP is 'pre': known: post_relu, pre_relu"),
+        (hgd(UNPAIRED="mean"), "UNPAIRED is 'mean': known: average, drop"),
         (hgd(PAIRING="strides"), "PAIRING is 'strides': did you mean 'stride'"),
         (hgd(PAIRING="learned"), r"PAIRING is 'learned'.* \[32, 64, 128\] channels"),
     ],

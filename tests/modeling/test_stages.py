@@ -8,10 +8,10 @@ from d2kd.errors import UserError
 from d2kd.modeling.families import Level, trained_stage_pairs
 
 
-def network(strides, first=2, levels=()):
+def network(strides, first=2, levels=(), width=8):
     return SimpleNamespace(
         name="Network",
-        stages=[Level(f"res{first + i}", s, 8) for i, s in enumerate(strides)],
+        stages=[Level(f"res{first + i}", s, width) for i, s in enumerate(strides)],
         levels=[Level(f"p{s}", s, 8) for s in levels],
         is_trained=lambda name: True,
     )
@@ -58,10 +58,45 @@ def test_names_choose_and_keep_their_partner():
 
 
 def test_nothing_in_common():
-    with pytest.raises(UserError, match=r"DISTILL.X.STAGES: no stage .* \[4, 8\], .* \[16\]$"):
+    with pytest.raises(UserError, match=r"DISTILL.X.STAGES: no stage .* \[4, 8\], .* \[16\]: take"):
         pairs(network([4, 8]), network([16]))
 
 
 def test_unknown_names_list_those_that_exist():
     with pytest.raises(UserError, match=r"names res9: the student \(Network\) has res2, res3$"):
         pairs(network([4, 8]), network([4, 8]), names=["res9", "res2"])
+
+
+def test_names_without_a_partner():
+    ours, theirs = network([], levels=[8, 16, 128]), network([], levels=[8, 16])
+    with pytest.raises(UserError, match=r"DISTILL.X.STAGES: no partner of p128; strides"):
+        pairs(ours, theirs, names=["p8", "p128"], part="features")
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, pairing, expected",
+    [
+        ([8, 16, 32], [4, 8, 16, 32, 64], "stride", ["8 4", "16", "32 64"]),
+        ([8, 32], [8, 16, 32], "stride", ["8", "32 16"]),  # as near to 8 as to 32: the deeper one
+        ([8, 16], [4, 8, 16, 32], "order", ["16 4 8", "32"]),
+        ([8, 16], [8, 16], "stride", ["8", "16"]),
+        ([8, 16], [4, 8, 16], "learned", ["4 8 16", "4 8 16"]),
+    ],
+)
+def test_unpaired_stages_join_the_nearest_pair(ours, theirs, pairing, expected):
+    both = network([], levels=ours), network([], levels=theirs)
+    options = ("features",), (), pairing, "DISTILL.X"
+    found, _ = trained_stage_pairs(*both, *options, unpaired="average")
+    assert [" ".join(t.name[1:] for t in pair.teachers) for pair in found] == expected
+    if pairing != "learned":
+        dropped, _ = trained_stage_pairs(*both, *options)
+        assert [pair.teachers for pair in dropped] == [pair.teachers[:1] for pair in found]
+
+
+def test_stages_of_different_width_are_not_averaged():
+    theirs = network([4, 8])
+    theirs.stages.append(Level("res4", 16, 32))
+    with pytest.raises(UserError, match=r"UNPAIRED is 'average'.* res3 of .* \[8, 32\] channels"):
+        trained_stage_pairs(
+            network([4, 8]), theirs, ("stages",), (), "stride", "DISTILL.X", unpaired="average"
+        )

@@ -14,7 +14,7 @@ class StagePair(NamedTuple):
     Attributes:
         part: where the views have both, "stages" or "features".
         student: the student's stage.
-        teachers: the teacher's, mostly one.
+        teachers: the teacher's, mostly one. The first is the partner, others are to be mixed in.
     """
 
     part: str
@@ -29,6 +29,7 @@ def trained_stage_pairs(
     names: Sequence[str],
     pairing: str,
     key: str,
+    unpaired: str = "drop",
 ) -> Tuple[List[StagePair], List[str]]:
     """Pairs those stages of a student that are trained with the teacher's.
 
@@ -43,14 +44,16 @@ def trained_stage_pairs(
             one because they are dilated, are paired by order.
             "order": from the coarsest.
             "learned": every stage with all of the teacher's.
-        key: config node to blame, with the keys ``STAGES`` and ``PAIRING``.
+        key: config node to blame, with the keys ``STAGES``, ``PAIRING`` and ``UNPAIRED``.
+        unpaired: what happens to the teacher's stages that have no partner: "drop", or "average",
+            which adds each to the pair of nearest stride, the deeper of two.
 
     Returns:
         the pairs, finest first, and the names of those that are left out because they are frozen.
 
     Raises:
-        UserError: if a name does not exist, nothing corresponds, all are frozen, or the teacher's
-            stages differ in width and are to be mixed.
+        UserError: if a name does not exist or has no partner, nothing corresponds, all are frozen,
+            or stages of the teacher that are to be mixed differ in width.
     """
     known = [level.name for part in parts for level in _levels(student, part)]
     unknown = [name for name in names if name not in known]
@@ -62,12 +65,18 @@ def trained_stage_pairs(
     pairs = [
         pair
         for part in parts
-        for pair in _pairs(part, student, teacher, pairing)
+        for pair in _pairs(part, student, teacher, pairing, unpaired)
         if not names or pair.student.name in names
     ]
-    if not pairs:
-        raise UserError(f"{key}.STAGES: no stage in common; {_strides(parts, student, teacher)}")
-    _check_widths(pairs, key)
+    alone = [name for name in names if name not in [pair.student.name for pair in pairs]]
+    if alone or not pairs:
+        missing = f"no partner of {', '.join(alone)}" if alone else "no stage in common"
+        raise UserError(
+            f"{key}.STAGES: {missing}; {_strides(parts, student, teacher)}: take other stages, or "
+            f"set {key}.PAIRING to 'order'"
+        )
+    choice = "PAIRING is 'learned'" if pairing == "learned" else f"UNPAIRED is '{unpaired}'"
+    _check_widths(pairs, f"{key}.{choice}")
     trained = [pair for pair in pairs if student.is_trained(pair.student.name)]
     if not trained:
         raise UserError(
@@ -82,10 +91,17 @@ def _levels(family: Family, part: str) -> List[Level]:
     return sorted(levels, key=lambda level: level.stride)
 
 
-def _pairs(part: str, student: Family, teacher: Family, pairing: str) -> List[StagePair]:
+def _pairs(
+    part: str, student: Family, teacher: Family, pairing: str, unpaired: str
+) -> List[StagePair]:
     ours, theirs = _levels(student, part), _levels(teacher, part)
     if pairing == "learned":
         return [StagePair(part, level, tuple(theirs)) for level in ours]
+    pairs = _partners(part, ours, theirs, pairing)
+    return _with_unpaired(pairs, theirs) if unpaired == "average" else pairs
+
+
+def _partners(part: str, ours: List[Level], theirs: List[Level], pairing: str) -> List[StagePair]:
     if pairing == "order" or (part == "stages" and _only_order_tells(ours, theirs)):
         both = list(zip(reversed(ours), reversed(theirs)))[::-1]
         return [StagePair(part, a, (b,)) for a, b in both]
@@ -95,6 +111,15 @@ def _pairs(part: str, student: Family, teacher: Family, pairing: str) -> List[St
     if part == "features":
         ours = [level for level in ours if level.stride in by_stride]
     return [StagePair(part, level, (_nearest(level, theirs),)) for level in ours]
+
+
+def _with_unpaired(pairs: List[StagePair], theirs: List[Level]) -> List[StagePair]:
+    paired = {level for pair in pairs for level in pair.teachers}
+    extra: Dict[Level, List[Level]] = {pair.student: [] for pair in pairs}
+    for level in theirs:
+        if pairs and level not in paired:
+            extra[_nearest(level, list(extra))].append(level)
+    return [pair._replace(teachers=(*pair.teachers, *extra[pair.student])) for pair in pairs]
 
 
 def _only_order_tells(ours: List[Level], theirs: List[Level]) -> bool:
@@ -115,11 +140,11 @@ def _strides(parts: Sequence[str], student: Family, teacher: Family) -> str:
     return f"strides of the student {found['student']}, of the teacher {found['teacher']}"
 
 
-def _check_widths(pairs: List[StagePair], key: str) -> None:
+def _check_widths(pairs: List[StagePair], choice: str) -> None:
     for pair in pairs:
         widths = [level.channels for level in pair.teachers]
         if len(set(widths)) > 1:
             raise UserError(
-                f"{key}.PAIRING is 'learned', which mixes teacher stages of one width, but the "
-                f"teacher's have {widths} channels: take 'stride' or 'order', or SOURCE 'neck'"
+                f"{choice}, which mixes stages of one width, but what {pair.student.name} of the "
+                f"student learns from has {widths} channels: choose another, or SOURCE 'neck'"
             )
