@@ -5,16 +5,18 @@ side by side in one process, with random weights and images.
     python tools/benchmark.py configs/frs/retinanet_R_50_R_101-1x_2x.yaml MODEL.DEVICE cpu
 
 Prints c/a and c/(a+b), where a is the plain step, b the teacher's forward as far as the methods
-need it, c the distillation step; medians over rounds in which the three alternate.
+need it, c the distillation step; medians over rounds in which the three alternate. And the memory
+of tensors that a and c add, at their peak, to the model and the state of the optimizer.
 """
 
 import argparse
-import multiprocessing
+import itertools
+import json
 import os
 import statistics
 import tempfile
 import time
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Tuple
 
 import torch
 from compare import read_config
@@ -48,7 +50,7 @@ READ = {
 
 
 def random_batch(args: argparse.Namespace, num_classes: int) -> List[dict]:
-    """Images of noise with random boxes, the same in every process."""
+    """Images of noise with random boxes, always the same."""
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for _ in range(args.batch):
@@ -76,13 +78,14 @@ def build(cfg: CfgNode) -> TeacherStudent:
 
 
 def training_step(model: nn.Module, inputs: List[dict]) -> Callable[[], None]:
-    """Forward, backward and the optimizer's step. The learning rate of 0 keeps the work equal."""
+    """Forward, backward and the optimizer's step. The learning rate of 0 keeps the work equal; no
+    gradient is left behind."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def step():
-        optimizer.zero_grad()
         sum(model(inputs).values()).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -122,44 +125,31 @@ def timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(args: argparse.Namespace, part: str, queue) -> None:
-    """In a process of its own: MiB that three steps of a part add to the built model."""
-    cfg = read_config(args.config, args.opts)
-    torch.manual_seed(0)
-    with EventStorage(cfg.SOLVER.MAX_ITER // 2):
-        step = parts(cfg, args)[part]
-        if cfg.MODEL.DEVICE.startswith("cuda"):
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            timed(step), timed(step), timed(step)
-            queue.put((torch.cuda.max_memory_allocated() - before) / 2**20)
-            return
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")  # Linux forgets the peak of building the model
-        before = resident_kib("VmRSS")
-        timed(step), timed(step), timed(step)
-        queue.put((resident_kib("VmHWM") - before) / 2**10)
+def peak_memory(step: Callable[[], None], device: str) -> float:
+    """MiB of tensors that a step adds, at its peak, to those that stand before. Exact, and the same
+    in every run: it counts what is asked of the allocator."""
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports a missing GPU as an error
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = os.path.join(folder, "trace.json")
+        profiler.export_chrome_trace(trace)
+        with open(trace) as f:
+            events = [e for e in json.load(f)["traceEvents"] if e["name"] == "[memory]"]
+    # One event per allocation (bytes > 0) and release (< 0); of tensors made in the step alone
+    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(itertools.accumulate(sizes), default=0) / 2**20
 
 
-def resident_kib(name: str) -> int:
-    """A line of this process's status: VmRSS, memory in use now, or VmHWM, the most so far."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith(name))
-
-
-def measure_memory(args: argparse.Namespace) -> Dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for part in ("a", "c"):
-        queue = context.Queue()
-        process = context.Process(target=peak_memory, args=(args, part, queue))
-        process.start()
-        peaks[part] = queue.get()
-        process.join()
-    return peaks
-
-
-def measure_seconds(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, List[float]]:
+def measure(
+    cfg: CfgNode, args: argparse.Namespace
+) -> Tuple[Dict[str, List[float]], Dict[str, float]]:
+    """Seconds of every round by part; peak memory in MiB of the parts that train."""
     torch.manual_seed(0)
     with EventStorage(cfg.SOLVER.MAX_ITER // 2):
         steps = parts(cfg, args)
@@ -170,7 +160,8 @@ def measure_seconds(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, List[fl
             order = list(steps)[turn % 3 :] + list(steps)[: turn % 3]
             for name in order:
                 seconds[name].append(timed(steps[name]))
-    return seconds
+        memory = {name: peak_memory(steps[name], cfg.MODEL.DEVICE) for name in "ac"}
+    return seconds, memory
 
 
 def main() -> None:
@@ -184,10 +175,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         cfg = read_config(args.config, args.opts)
-        seconds = measure_seconds(cfg, args)
+        seconds, memory = measure(cfg, args)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
-    memory = measure_memory(args)
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
     a, b, c = (seconds[name] for name in "abc")
