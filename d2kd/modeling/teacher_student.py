@@ -88,13 +88,20 @@ class TeacherStudent(nn.Module):
         if not active:
             return self._touch_idle(self.student(batched_inputs), active)
 
-        taps = self.family.taps(self.needs(active, "student"))
-        with Recorder(taps) as recorder:
-            losses = self.student(batched_inputs)
-
+        recorder = Recorder(self.family.taps(self.needs(active, "student")))
         image_sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         student = StudentView(self.family, recorder, image_sizes)
-        teacher = self.teacher.view(batched_inputs, student, self.needs(active, "teacher"))
+        needs = self.needs(active, "teacher")
+        teacher = self.teacher.view(batched_inputs, student, needs)
+
+        def teacher_first(*_) -> None:
+            """Its widest maps are gone before the student keeps its own for the gradient."""
+            if needs:
+                teacher.run_backbone()
+
+        with recorder, self.student.backbone.register_forward_pre_hook(teacher_first):
+            losses = self.student(batched_inputs)
+
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         for name in active:
             for term, value in self.distillers[name](student, teacher, targets).items():

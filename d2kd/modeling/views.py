@@ -26,7 +26,8 @@ class Recorder(contextlib.AbstractContextManager):
 
     Attributes:
         calls: per name, one (positional inputs, output) per call, in order. The inputs are None but
-            for the few modules where somebody reads them.
+            for the few modules where somebody reads them; these stand there, with None as output,
+            before the module runs.
     """
 
     def __init__(self, modules: Dict[str, nn.Module]):
@@ -34,12 +35,23 @@ class Recorder(contextlib.AbstractContextManager):
         self.calls: Dict[str, List[Tuple]] = {name: [] for name in modules}
 
     def __enter__(self) -> "Recorder":
-        def keep(name):
-            calls, with_inputs = self.calls[name], name in _WITH_INPUTS
-            return lambda _, inputs, output: calls.append((inputs if with_inputs else None, output))
-
-        self._handles = [m.register_forward_hook(keep(n)) for n, m in self._modules.items()]
+        self._handles = []
+        for name, module in self._modules.items():
+            self._observe(module, self.calls[name], name in _WITH_INPUTS)
         return self
+
+    def _observe(self, module: nn.Module, calls: List[Tuple], with_inputs: bool) -> None:
+        def before(_, inputs):
+            calls.append((inputs, None))
+
+        def after(_, inputs, output):
+            if with_inputs:
+                calls.pop()
+            calls.append((inputs if with_inputs else None, output))
+
+        if with_inputs:
+            self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after))
 
     def __exit__(self, *_) -> None:
         for handle in self._handles:
@@ -142,7 +154,8 @@ class StudentView(View):
         """
         Args:
             family: the student's.
-            recorder: closed, with the forward in it.
+            recorder: of the forward. The images can be read as soon as the backbone starts, all
+                else afterwards.
             image_sizes: (height, width) of every image before padding.
         """
         super().__init__(family)
@@ -190,6 +203,10 @@ class TeacherView(View):
             self._run("backbone" if _in_backbone(tap) else "head")
         return self._calls[tap]
 
+    def run_backbone(self) -> None:
+        """Runs the backbone now, and not when it is first read."""
+        self.calls("backbone")
+
     def _run(self, part: str) -> None:
         in_backbone = {k: m for k, m in self._taps.items() if _in_backbone(k)}
         in_head = {k: m for k, m in self._taps.items() if k not in in_backbone}
@@ -224,16 +241,16 @@ class TeacherView(View):
         stride = next(stage.stride for stage in self.family.stages if stage.name == name)
         return self._crop(super().stage_before_relu(name), stride)
 
-    @cached_property
-    def images(self) -> ImageList:
+    @property
+    def images(self) -> ImageList:  # not kept: only the backbone reads them
         return self._teacher.preprocess(self._inputs, self._student.images)
 
     def _sample(self, stage: int) -> List[Instances]:
         features = self.calls("backbone")[0][1]
-        targets = [x["instances"].to(self.images.tensor.device) for x in self._inputs]
+        targets = [x["instances"].to(self._student.images.device) for x in self._inputs]
         with self.precision():
             proposals = self.family.propose(
-                features, self.calls("head")[0][1], self.images.image_sizes
+                features, self.calls("head")[0][1], self._student.images.image_sizes
             )
             return self.family.box_head.sample(features, proposals, targets, stage)
 

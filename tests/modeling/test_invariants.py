@@ -101,6 +101,8 @@ def test_one_pass_each(tmp_path, student):
         "teacher head",
         "teacher stages",
     ]
+    # While nothing of the student is in memory
+    assert calls.index("teacher backbone") < calls.index("student stages")
 
 
 def test_a_teacher_that_nobody_asks_is_not_run(tmp_path):
