@@ -44,6 +44,7 @@ READ = {
     "features": lambda teacher, student: teacher.features,
     "dense": lambda teacher, student: teacher.dense.logits,
     "tower": lambda teacher, student: teacher.dense.logits,
+    "tower_statistics": lambda teacher, student: teacher.dense.logits,
     "proposals": lambda teacher, student: teacher.proposals,
     "rois": lambda teacher, student: teacher.rois([p.proposal_boxes for p in student.proposals]),
 }

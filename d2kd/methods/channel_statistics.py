@@ -46,7 +46,7 @@ def _count(features: Tensor) -> int:
 
 
 def transfer_statistics(
-    features: Tensor, mean: Tensor, std: Tensor, max_gain: float = math.inf
+    features: Tensor, mean: Tensor, std: Tensor, max_gain: float = math.inf, relu: bool = False
 ) -> Tensor:
     """Gives every channel another mean and standard deviation.
 
@@ -55,19 +55,20 @@ def transfer_statistics(
         mean, std: (1, C, 1, 1); get no gradient.
         max_gain: a channel is stretched by this at most, which bounds values and gradients of
             channels that are nearly constant.
+        relu: set what is negative afterwards to 0.
 
     Returns:
         (N, C, h, w), at least float32: (x - μ) · min(std / (σ + ε), max_gain) + mean.
     """
-    return _TransferStatistics.apply(as_float(features), mean, std, max_gain)
+    return _TransferStatistics.apply(as_float(features), mean, std, max_gain, relu)
 
 
 class _TransferStatistics(torch.autograd.Function):
-    """Takes one buffer forward and one backward, where autograd takes ten: at the size of the
-    finest level, getting memory takes longer than computing."""
+    """Takes one buffer forward and one or two backward, where autograd takes ten: at the size of
+    the finest level, getting memory takes longer than computing. Keeps no map but its input."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, max_gain: float) -> Tensor:
+    def forward(ctx, x: Tensor, mean: Tensor, std: Tensor, max_gain: float, relu: bool) -> Tensor:
         own_mean = x.mean(dim=(0, 2, 3), keepdim=True)
         out = x - own_mean
         own_std = _std(out)
@@ -76,16 +77,20 @@ class _TransferStatistics(torch.autograd.Function):
         slope = -gain / ((own_std + EPS) * own_std.clamp(min=_TINY) * max(_count(x) - 1, 1))
         slope = slope * (gain < max_gain)
         gain = gain.clamp(max=max_gain)
-        ctx.save_for_backward(x, own_mean, gain, slope)
-        return out.mul_(gain).add_(mean)
+        ctx.save_for_backward(x, own_mean, gain, slope, mean)
+        ctx.relu = relu
+        out.mul_(gain).add_(mean)
+        return out.relu_() if relu else out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, mean, gain, slope = ctx.saved_tensors
+        x, mean, gain, slope, target = ctx.saved_tensors
+        if ctx.relu:  # the gradient passes where the output, by the same steps, is positive
+            grad = (x - mean).mul_(gain).add_(target).gt_(0).mul_(grad)
         total = grad.sum(dim=(0, 2, 3), keepdim=True)
         out = grad * x
         slope = slope * (out.sum(dim=(0, 2, 3), keepdim=True) - total * mean)
         torch.mul(grad, gain, out=out)
         out.addcmul_(x, slope).sub_(gain * total / _count(x) + slope * mean)
-        return out, None, None, None
+        return out, None, None, None, None

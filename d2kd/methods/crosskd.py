@@ -9,11 +9,11 @@ statistics (not in the paper) and in weights.
 Shapes: N images, C channels, (h, w) the size of an FPN level.
 """
 
-from typing import Dict, List, Mapping, Tuple
+from functools import partial
+from typing import Dict, Iterator, List, Mapping, Tuple
 
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2kd.errors import UserError
 from d2kd.methods.channel_statistics import channel_statistics, transfer_statistics
@@ -49,9 +49,9 @@ class CrossKD(DenseKD):
     """
 
     requires = {
-        "cls": Needs(student=("tower", "assignment"), teacher=("dense", "tower")),
-        "bbox": Needs(student=("tower", "assignment"), teacher=("dense", "tower")),
-        "centerness": Needs(student=("tower", "assignment"), teacher=("dense", "tower")),
+        "cls": Needs(student=("tower", "assignment"), teacher=("dense", "tower_statistics")),
+        "bbox": Needs(student=("tower", "assignment"), teacher=("dense", "tower_statistics")),
+        "centerness": Needs(student=("tower", "assignment"), teacher=("dense", "tower_statistics")),
     }
 
     @configurable
@@ -78,10 +78,12 @@ class CrossKD(DenseKD):
         self.adapters = nn.ModuleDict(
             {b: nn.Conv2d(c_s, c_t, 1) for b, (c_s, c_t) in widths.items() if c_s != c_t}
         )
-        # Of the towers, only the output of one block has to be kept.
-        tower = f"tower.{tap}.pre" if pre_activation else f"tower.{tap}"
+        # Of the towers, only the output of one block is read.
+        block = f".{tap}.pre" if pre_activation else f".{tap}"
         self.requires = {
-            term: Needs(*[tuple(tower if n == "tower" else n for n in side) for side in needs])
+            term: Needs(
+                *[tuple(n + block if n.startswith("tower") else n for n in side) for side in needs]
+            )
             for term, needs in self.requires.items()
         }
 
@@ -123,17 +125,15 @@ class CrossKD(DenseKD):
             outputs.update(teacher.dense.resume(branch, self.tap, features))
         return outputs
 
-    def hand_over(self, branch: str, student, teacher) -> List[Tensor]:
-        """What of the student goes into the rest of the teacher's tower, per level."""
-        adapt = self.adapters[branch] if branch in self.adapters else nn.Identity()
-        features = [
-            align_statistics(adapt(s), t)
-            for s, t in zip(
-                student.tower(branch, self.tap, self.pre_activation),
-                teacher.tower(branch, self.tap, self.pre_activation),
-            )
-        ]
-        return features if self.tap == 0 else [F.relu(x, inplace=True) for x in features]
+    def hand_over(self, branch: str, student, teacher) -> Iterator[Tensor]:
+        """What of the student goes into the rest of the teacher's tower, level by level; each is
+        made when it is read, for nobody else needs it."""
+        features = student.tower(branch, self.tap, self.pre_activation)
+        if branch in self.adapters:
+            features = [self.adapters[branch](x) for x in features]
+        statistics = teacher.tower_statistics(branch, self.tap, self.pre_activation)
+        align = partial(transfer_statistics, max_gain=MAX_GAIN, relu=self.tap > 0)
+        return map(align, features, *zip(*statistics))
 
     def coder(self, student, teacher):
         return teacher.dense

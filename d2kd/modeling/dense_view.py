@@ -5,12 +5,15 @@ Shapes: N images, C channels, (h, w) the size of an FPN level, R anchors of all 
 
 import weakref
 from functools import cached_property
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional, Tuple
 
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from d2kd.methods.channel_statistics import channel_statistics
+
 from .families import Assignment, DensePredictions
+from .frozen import FrozenLayers
 
 
 class Dense:
@@ -55,13 +58,23 @@ class Dense:
         """
         if k == 0:
             return list(self._view.features.values())
-        calls = self._view.calls(f"{branch}.{k}.pre" if pre_activation else f"{branch}.{k}")
+        calls = self._view.calls(_tower_tap(branch, k, pre_activation))
         return self._view.fit([output for _, output in calls])
 
-    def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:
+    def tower_statistics(
+        self, branch: str, k: int, pre_activation: bool = False
+    ) -> List[Tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of the channels of :meth:`tower`, (1, C, 1, 1) each, per
+        level; of the teacher only. Whoever needs no more saves the memory of the towers."""
+        if k == 0:
+            return [channel_statistics(x) for x in self._view.features.values()]
+        calls = self._view.calls(_tower_tap(branch, k, pre_activation) + ".statistics")
+        return [statistics for _, statistics in calls]
+
+    def resume(self, branch: str, k: int, features: Iterable[Tensor]) -> Dict[str, List[Tensor]]:
         """Runs the rest of *this* detector's branch on other features, with gradient to them.
         See :meth:`~d2kd.modeling.families.TowerHead.resume`."""
-        with self._view.precision():
+        with self._view.precision(), FrozenLayers():
             return self._view.family.dense_head.resume(branch, k, features)
 
     @cached_property
@@ -82,3 +95,7 @@ class Dense:
         if self._assignment is None:
             self._assignment = self._view.family.assign(self.anchors, targets)
         return self._assignment
+
+
+def _tower_tap(branch: str, k: int, pre_activation: bool) -> str:
+    return f"{branch}.{k}.pre" if pre_activation else f"{branch}.{k}"

@@ -14,6 +14,8 @@ import torch
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from d2kd.methods.channel_statistics import channel_statistics
+
 from .dense_view import Dense
 from .families import Family, RoIs
 
@@ -219,6 +221,10 @@ class TeacherView(View):
                 outputs = self.calls("backbone")[0][1]
                 with Recorder(in_head) as recorder:
                     self.family.dense_head.run([outputs[lv.name] for lv in self.family.levels])
+        for tap, calls in recorder.calls.items():
+            if tap.endswith(".statistics"):  # the maps themselves go
+                maps = self.fit([output for _, output in calls])
+                calls[:] = [(None, channel_statistics(x)) for x in maps]
         self._calls.update(recorder.calls)
 
     def precision(self) -> contextlib.AbstractContextManager:

@@ -25,6 +25,7 @@ from crosskd_cases import (
 from crosskd_formulas import cross_losses
 from toys import step
 
+from d2kd.methods.channel_statistics import channel_statistics, transfer_statistics
 from d2kd.methods.crosskd import MAX_GAIN, align_statistics, localization_kd, quality_focal_kd
 from d2kd.modeling.dense_view import Dense
 from d2kd.modeling.families import Assignment
@@ -64,6 +65,19 @@ def test_gradient_of_the_alignment(shape):
     student = torch.randn(shape, dtype=torch.double, requires_grad=True)
     teacher = torch.randn(shape, dtype=torch.double)
     assert torch.autograd.gradcheck(lambda x: align_statistics(x, teacher), student)
+
+
+@pytest.mark.parametrize("max_gain", [float("inf"), 0.5])
+def test_alignment_with_its_relu(max_gain):
+    torch.manual_seed(0)
+    student = torch.randn(2, 3, 5, 4, requires_grad=True)
+    moments = channel_statistics(torch.randn(2, 3, 5, 4))
+    plain = transfer_statistics(student, *moments, max_gain).relu()
+    fused = transfer_statistics(student, *moments, max_gain, relu=True)
+    assert torch.equal(fused, plain) and (plain == 0).any()
+    cotangent = torch.randn_like(plain)
+    ours, expected = (torch.autograd.grad(x, student, cotangent)[0] for x in (fused, plain))
+    assert torch.equal(ours, expected) and ours.abs().sum() > 0
 
 
 @pytest.mark.parametrize("deviation", [0.0, 1e-12, 1e-7, 1e-6, 1e-3])
@@ -335,6 +349,20 @@ def test_nothing_waits_for_the_device(name):
     sum(loss.sum() for loss in losses.values()).backward()
 
 
+@pytest.mark.parametrize("name, maps", [("gfl", 1), ("retinanet", 0)])
+def test_of_the_rest_of_a_tower_only_inputs_of_norms_are_kept(name, maps):
+    student, teacher = small_pair(name)
+    model = distilled(name, student, teacher)
+    kept = []
+    features = [x.requires_grad_() for x in random_levels(0)]
+    view = model.teacher.view([], None, frozenset())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        view.dense.resume("cls", 3, features)
+    shape = features[0].shape
+    assert sum(x.shape == shape and x.dtype == torch.float32 for x in kept) == maps
+    assert sum(x.shape == shape and x.dtype == torch.bool for x in kept) == 1
+
+
 def test_a_step_leaves_nothing_in_memory(monkeypatch):
     kept, read = [], Dense.tower
     monkeypatch.setattr(
@@ -344,6 +372,6 @@ def test_a_step_leaves_nothing_in_memory(monkeypatch):
     gc.disable()
     try:
         sum(step(model, original_batch()).values()).backward()
-        assert len(kept) == 20 and not any(ref() is not None for ref in kept)
+        assert len(kept) == 10 and not any(ref() is not None for ref in kept)
     finally:
         gc.enable()

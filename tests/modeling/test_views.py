@@ -71,6 +71,26 @@ def test_levels_fit_when_paddings_differ(grids):
     assert torch.allclose(teacher.features["p3"], expected[..., :height, :width], atol=1e-6)
 
 
+@pytest.mark.parametrize("grids", [(32, 64), (32, 32)], ids=["teacher coarser", "same"])
+def test_statistics_of_the_towers_and_nothing_else_of_them(grids):
+    nets = [detector(STUDENTS["FCOS"], seed=i) for i in range(2)]
+    for net, grid in zip(nets, grids):
+        net.backbone._size_divisibility = grid
+    _, whole, _ = views(*nets, needs=ALL | {"tower"})
+    _, frugal, _ = views(*nets, needs=ALL | {"tower_statistics.0", "tower_statistics.2.pre"})
+    for block in ((0,), (2, True)):
+        statistics = frugal.dense.tower_statistics("cls", *block)
+        maps = whole.dense.tower("cls", *block)
+        assert len(statistics) == len(maps) == 5
+        for (mean, std), x in zip(statistics, maps):
+            torch.testing.assert_close(mean, x.mean((0, 2, 3), keepdim=True))
+            torch.testing.assert_close(std, x.std((0, 2, 3), keepdim=True), rtol=1e-4, atol=1e-6)
+    kept = [x for _, pair in frugal.calls("cls.2.pre.statistics") for x in pair]
+    assert {x.shape[2:] for x in kept} == {(1, 1)}
+    with pytest.raises(KeyError):
+        frugal.dense.tower("cls", 2, True)
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 def test_student_view_is_what_the_forward_computed(student):
     net = detector(STUDENTS[student])

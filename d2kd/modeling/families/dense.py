@@ -17,7 +17,7 @@ class DenseFamily(Family):
     """One-stage detectors, with anchor boxes or points."""
 
     architectures = ("RetinaNet", "FCOS", "ATSS", "GFL")
-    offers = frozenset({"stages", "features", "dense", "tower", "assignment"})
+    offers = frozenset({"stages", "features", "dense", "tower", "tower_statistics", "assignment"})
 
     def build_dense_head(self) -> TowerHead:
         detector = self.detector

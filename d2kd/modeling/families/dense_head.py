@@ -1,6 +1,6 @@
 """How a dense head is taken apart: its predictions, its towers, and the rest of a tower."""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 from torch import Tensor, nn
 
@@ -111,21 +111,26 @@ class TowerHead(DenseHead):
                 taps[f"{branch}.{k}.pre"] = tower[end - 2]
         return taps
 
-    def resume(self, branch: str, k: int, features: List[Tensor]) -> Dict[str, List[Tensor]]:
+    def resume(self, branch: str, k: int, features: Iterable[Tensor]) -> Dict[str, List[Tensor]]:
         """Runs the rest of a branch: the tower from block k on, and the prediction convs.
 
         Args:
             branch: "cls" or "bbox".
             k: how many blocks the features have passed, 0 ... ``num_blocks(branch)``.
-            features: one tensor (N, C, h, w) per level, all levels of this head, finest first.
+            features: one tensor (N, C, h, w) per level, all levels of this head, finest first;
+                read one at a time.
 
         Returns:
             "logits" of the class branch, "deltas" of the box branch, "centerness" of the branch
             that has it; per level as in :class:`DensePredictions`.
         """
         starts = self._block_starts(branch) + [len(self.tower(branch))]
-        rest = self.tower(branch)[starts[k] :]
-        per_level = [self.predict(branch, rest(x), level) for level, x in enumerate(features)]
+        layers = self.tower(branch)[starts[k] :]
+        per_level = []
+        for x in features:
+            for layer in layers:  # layers(x) would hold x to the end
+                x = layer(x)
+            per_level.append(self.predict(branch, x, len(per_level)))
         return {name: [p[name] for p in per_level] for name in per_level[0]}
 
     def predict(self, branch: str, tower: Tensor, level: int) -> Dict[str, Tensor]:

@@ -32,7 +32,8 @@ class Family:
     Attributes:
         architectures: names of the meta-architectures of this family.
         offers: what a view of such a detector can be asked for, out of "stages", "features",
-            "dense", "tower", "assignment" (what anchors learn), "proposals", "rois".
+            "dense", "tower", "tower_statistics", "assignment" (what anchors learn), "proposals",
+            "rois".
         detector: the detector itself.
         dense_head: its dense head; the RPN of a two-stage detector.
         num_classes: how many classes it detects.
@@ -105,8 +106,8 @@ class Family:
 
         Args:
             needs: a subset of :attr:`offers`; "tower.3" for the towers after block 3 alone,
-                "tower.3.pre" before its activation; "stages.res3.pre" for one of
-                :attr:`stages_before_relu`.
+                "tower.3.pre" before its activation, the same for "tower_statistics";
+                "stages.res3.pre" for one of :attr:`stages_before_relu`.
 
         Returns:
             modules by the name under which the view looks their outputs up.
@@ -121,8 +122,11 @@ class Family:
         if "dense" in needs:
             taps["head"] = self.dense_head.module
         for name, module in self.dense_head.tower_taps().items():
-            if needs & {"tower", f"tower.{name.split('.', 1)[1]}"}:
+            block = name.split(".", 1)[1]
+            if needs & {"tower", f"tower.{block}"}:
                 taps[name] = module
+            if needs & {"tower_statistics", f"tower_statistics.{block}"}:
+                taps[f"{name}.statistics"] = module
         return taps
 
 
