@@ -29,7 +29,7 @@ from torch import nn
 from d2kd.errors import UserError
 from d2kd.modeling import StudentView, TeacherStudent, build_model
 from d2kd.modeling.build import build_teacher_detector
-from d2kd.modeling.views import Recorder
+from d2kd.modeling.recorder import Recorder
 
 PARTS = {
     "a": "plain student step",

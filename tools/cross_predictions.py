@@ -25,7 +25,7 @@ from torch import nn
 from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
 from d2kd.modeling import StudentView, TeacherStudent, build_model
-from d2kd.modeling.views import Recorder
+from d2kd.modeling.recorder import Recorder
 
 
 class CrossDetector(nn.Module):

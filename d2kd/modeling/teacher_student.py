@@ -13,8 +13,9 @@ from d2kd.methods.schedule import TermSchedule
 
 from .build import build_teacher_student_parts
 from .families import build_family
+from .recorder import Recorder
 from .teacher import Teacher
-from .views import Recorder, StudentView
+from .views import StudentView
 
 Schedules = Dict[Tuple[str, str], TermSchedule]
 

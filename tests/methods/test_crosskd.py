@@ -29,7 +29,8 @@ from d2kd.methods.channel_statistics import channel_statistics, transfer_statist
 from d2kd.methods.crosskd import MAX_GAIN, align_statistics, localization_kd, quality_focal_kd
 from d2kd.modeling.dense_view import Dense
 from d2kd.modeling.families import Assignment
-from d2kd.modeling.views import Recorder, StudentView
+from d2kd.modeling.recorder import Recorder
+from d2kd.modeling.views import StudentView
 
 EPS = torch.finfo(torch.float32).eps  # the original adds it to every divisor
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}

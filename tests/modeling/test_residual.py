@@ -8,7 +8,7 @@ from toys import STUDENTS, detector
 
 from d2kd.modeling.backbone.timm import TimmBackbone
 from d2kd.modeling.families.residual import residual_sums
-from d2kd.modeling.views import Recorder
+from d2kd.modeling.recorder import Recorder
 
 NARROW = {"bottleneck_channels": 4}
 

@@ -9,7 +9,8 @@ from detectron2.utils.events import EventStorage
 from toys import STUDENTS, batch, detector, gradients, step
 
 from d2kd.modeling import Teacher, build_family
-from d2kd.modeling.views import Recorder, StudentView
+from d2kd.modeling.recorder import Recorder
+from d2kd.modeling.views import StudentView
 
 NEEDS = frozenset({"features", "proposals", "rois"})
 DETECTORS = {
@@ -83,6 +84,8 @@ def test_student_rois_are_those_of_its_forward(name):
         count = sum(len(p) for p in proposals)
         assert rois.features.shape == (count, 32, 7, 7)
         assert rois.hidden.shape == (count, 16)
+        assert (rois.pre_activation < 0).any()
+        assert torch.equal(rois.pre_activation.relu(), rois.hidden)
         assert rois.logits.shape == (count, 7)
         assert rois.deltas.shape == (count, 4 if name in ("class-agnostic", "cascade") else 24)
         loss = losses[f"loss_cls_stage{stage}" if name == "cascade" else "loss_cls"]
@@ -186,6 +189,7 @@ def test_labels_of_proposals_follow_from_their_overlaps(name, who):
     _, taught, view = frozen(name, student, inputs)
     sampler = view if who == "student" else taught
     thresholds = [0.5, 0.6, 0.7][: sampler.family.box_head.num_stages]
+    count = sampler.family.box_head.batch_size_per_image
     for stage, threshold in enumerate(thresholds):
         with EventStorage() as storage:
             proposals = sampler.proposals_of(stage)
@@ -195,7 +199,7 @@ def test_labels_of_proposals_follow_from_their_overlaps(name, who):
             best, which = overlap.max(dim=0)
             expected = torch.where(best >= threshold, x["instances"].gt_classes[which], 6)
             assert torch.equal(p.gt_classes, expected)
-            assert stage or (len(p) == 64 and 0 < (expected < 6).sum() <= 16)
+            assert stage or (len(p) == count and 0 < (expected < 6).sum() <= count // 4)
 
 
 @every_detector
@@ -223,6 +227,16 @@ def test_no_boxes_at_all():
         rois = v.rois(none)
         assert rois.features.shape == (0, 32, 7, 7) and rois.logits.shape == (0, 7)
     view.rois(none).logits.sum().backward()
+
+
+def test_box_heads_that_end_in_convolutions():
+    opts = ["MODEL.ROI_BOX_HEAD.NUM_FC", 0, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1]
+    student = two_stage("faster", opts=[*opts, "MODEL.ROI_BOX_HEAD.CONV_DIM", 8])
+    _, view = student_view(student, batch())
+    head, rois = view.family.box_head, view.rois(boxes_of(view.proposals))
+    assert head.last_fc(0) is None and rois.pre_activation is None
+    assert rois.hidden.shape[1] == head.hidden_dim(0) == 8 * 7 * 7
+    assert torch.equal(head.predictor(0)(rois.hidden)[0], rois.logits)
 
 
 def test_detectors_without_a_box_head_do_not_offer_rois():

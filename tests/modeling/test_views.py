@@ -8,7 +8,8 @@ from toys import STUDENTS, batch, detector, step
 from d2kd.errors import UserError
 from d2kd.modeling import Teacher, build_family
 from d2kd.modeling.families import paired_levels
-from d2kd.modeling.views import Recorder, StudentView
+from d2kd.modeling.recorder import Recorder
+from d2kd.modeling.views import StudentView
 
 ALL = frozenset({"features", "stages", "dense"})
 

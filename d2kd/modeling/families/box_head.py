@@ -3,7 +3,7 @@
 Shapes: N images, R boxes of all the images together, C channels, K classes.
 """
 
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from detectron2.modeling.roi_heads import StandardROIHeads
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from d2kd.errors import UserError
 
+from ..recorder import Recorder
 from .transfer import copy_weights
 
 
@@ -24,6 +25,7 @@ class RoIs(NamedTuple):
     hidden: Tensor  # (R, D), the box head's output, which the predictor reads
     logits: Tensor  # (R, K + 1), background last
     deltas: Tensor  # (R, 4 K), or (R, 4) if class-agnostic
+    pre_activation: Optional[Tensor] = None  # (R, D), hidden before the last ReLU
 
 
 class BoxHead:
@@ -50,7 +52,23 @@ class BoxHead:
 
     def hidden_dim(self, stage: int) -> int:
         """D, the length of a stage's hidden vector."""
-        return self.head(stage).output_shape.channels
+        shape = self.head(stage).output_shape
+        return shape.channels * (shape.height or 1) * (shape.width or 1)
+
+    def last_fc(self, stage: int) -> Optional[nn.Linear]:
+        """The last fully connected layer of a stage's box head, which has none if it ends in
+        convolutions."""
+        fcs = [m for m in self.head(stage).modules() if isinstance(m, nn.Linear)]
+        return fcs[-1] if fcs else None
+
+    @property
+    def batch_size_per_image(self) -> int:
+        """How many boxes of an image are sampled for training."""
+        return self.module.batch_size_per_image
+
+    def delta_weights(self, stage: int) -> Tuple[float, ...]:
+        """What a stage multiplies the four box deltas by, ``BBOX_REG_WEIGHTS``."""
+        return tuple(self.predictor(stage).box2box_transform.weights)
 
     def copy_from(self, teacher: "BoxHead", key: str) -> None:
         """Fills the box head and the predictor of every stage with the teacher's.
@@ -58,7 +76,11 @@ class BoxHead:
         Raises:
             UserError: if the teacher has fewer stages, or other shapes.
         """
-        teacher.check_stage(self.num_stages - 1, key, "the teacher")
+        if teacher.num_stages < self.num_stages:
+            raise UserError(
+                f"{key} copies box heads of the teacher, which has {teacher.num_stages}, but the "
+                f"student has {self.num_stages}: take a Cascade R-CNN, or set {key} to False"
+            )
         for stage in range(self.num_stages):
             copy_weights(self.head(stage), teacher.head(stage), key)
             copy_weights(self.predictor(stage), teacher.predictor(stage), key)
@@ -67,9 +89,13 @@ class BoxHead:
         """The modules to observe for :meth:`recorded`."""
         taps = {"roi_heads": self.module, "box_pooler": self.module.box_pooler}
         for stage in range(self.num_stages):
-            taps[f"box_head.{stage}"] = self.head(stage)
+            taps.update(self._head_taps(stage))
             taps[f"box_predictor.{stage}"] = self.predictor(stage)
         return taps
+
+    def _head_taps(self, stage: int) -> Dict[str, nn.Module]:
+        taps = {f"box_head.{stage}": self.head(stage), f"last_fc.{stage}": self.last_fc(stage)}
+        return {name: module for name, module in taps.items() if module is not None}
 
     def recorded(self, calls: Dict[str, List[Tuple]]) -> List[Tuple[List[Boxes], RoIs]]:
         """The boxes that each stage saw in an observed forward, and what it made of them.
@@ -79,10 +105,14 @@ class BoxHead:
         """
         stages = []
         for stage, ((_, boxes), features) in enumerate(calls["box_pooler"]):
-            _, hidden = calls[f"box_head.{stage}"][0]
-            _, (logits, deltas) = calls[f"box_predictor.{stage}"][0]
-            stages.append((boxes, RoIs(features, hidden, logits, deltas)))
+            _, outputs = calls[f"box_predictor.{stage}"][0]
+            stages.append((boxes, self._rois(features, outputs, calls, stage)))
         return stages
+
+    def _rois(self, features: Tensor, outputs: Tuple, calls: Dict, stage: int) -> RoIs:
+        _, hidden = calls[f"box_head.{stage}"][0]
+        pre_activation = calls[f"last_fc.{stage}"][0][1] if self.last_fc(stage) else None
+        return RoIs(features, hidden.flatten(1), *outputs, pre_activation)
 
     def recorded_proposals(self, calls: Dict[str, List[Tuple]], stage: int) -> List[Instances]:
         """The labelled boxes that a stage was trained on in an observed forward, per image.
@@ -113,8 +143,9 @@ class BoxHead:
         pooled = shared = self.module.box_pooler(levels, boxes)
         if self._cascade and self.module.training:  # as in the cascade's own training
             shared = _ScaleGradient.apply(pooled, 1.0 / self.num_stages)
-        hidden = self.head(stage)(shared)
-        return RoIs(pooled, hidden, *self.predictor(stage)(hidden))
+        with Recorder(self._head_taps(stage)) as recorder:
+            outputs = self.predictor(stage)(self.head(stage)(shared))
+        return self._rois(pooled, outputs, recorder.calls, stage)
 
     @torch.no_grad()
     def sample(
@@ -141,8 +172,8 @@ class BoxHead:
             proposals = self.module.label_and_sample_proposals(proposals, targets)
         for k in range(stage):
             boxes = [p.proposal_boxes for p in proposals]
-            _, _, logits, deltas = self.run(features, boxes, k)
-            refined = self.predictor(k).predict_boxes((logits, deltas), proposals)
+            rois = self.run(features, boxes, k)
+            refined = self.predictor(k).predict_boxes((rois.logits, rois.deltas), proposals)
             sizes = [p.image_size for p in proposals]
             proposals = self.module._create_proposals_from_boxes(refined, sizes)
             proposals = self.label(proposals, targets, k + 1)
@@ -166,20 +197,18 @@ class BoxHead:
                 f"0 ... {self.num_stages - 1}"
             )
 
-    def check_same_outputs(self, teacher: "BoxHead", stage: int, key: str) -> None:
+    def check_same_classes(self, teacher: "BoxHead", stage: int, key: str) -> None:
         """
         Raises:
-            UserError: if the class logits or box deltas of a stage do not mean the same in both.
+            UserError: if the class logits of a stage do not mean the same in both.
         """
-        ours, theirs = self._outputs(stage), teacher._outputs(stage)
+        ours, theirs = self._classes(stage), teacher._classes(stage)
         if ours != theirs:
             raise UserError(
                 f"{key} compares box heads: the student's predicts {ours}, the teacher's {theirs}; "
-                f"take a teacher with the same outputs, or set {key} to 0"
+                f"take a teacher with the same classes, or set {key} to 0"
             )
 
-    def _outputs(self, stage: int) -> str:
-        predictor = self.predictor(stage)
-        scores = "sigmoid" if getattr(predictor, "use_sigmoid_ce", False) else "softmax"
-        weights = tuple(predictor.box2box_transform.weights)
-        return f"{self.module.num_classes} classes ({scores}) and boxes with weights {weights}"
+    def _classes(self, stage: int) -> str:
+        sigmoid = getattr(self.predictor(stage), "use_sigmoid_ce", False)
+        return f"{self.module.num_classes} classes ({'sigmoid' if sigmoid else 'softmax'})"
