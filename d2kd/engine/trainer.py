@@ -37,6 +37,32 @@ EVALUATORS = {
 }
 
 
+def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """As Detectron2's ``build_optimizer`` does for SGD."""
+    params = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+    return optimizer(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+
+OPTIMIZERS = {"SGD": build_optimizer, "AdamW": _build_adamw}
+
+
+def _stop_decay(optimizer: torch.optim.Optimizer, parameters: List[nn.Parameter]) -> None:
+    """Moves parameters into groups of their own, which differ in that they do not decay."""
+    moved = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        ours = [p for p in group["params"] if id(p) in moved]
+        if ours:
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
+            optimizer.add_param_group({**group, "params": ours, "weight_decay": 0.0})
+
+
 class DistillTrainer(DefaultTrainer):
     """Trains what the config describes: a student with its teacher, or a plain detector.
 
@@ -120,19 +146,13 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         name = cfg.SOLVER.OPTIMIZER
-        if name == "SGD":
-            return build_optimizer(cfg, model)
-        if name != "AdamW":
-            raise UserError(f"SOLVER.OPTIMIZER is '{name}': {nearest(name, ['SGD', 'AdamW'])}")
-        params = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        if name not in OPTIMIZERS:
+            raise UserError(f"SOLVER.OPTIMIZER is '{name}': {nearest(name, OPTIMIZERS)}")
+        optimizer = OPTIMIZERS[name](cfg, model)
+        if isinstance(model, TeacherStudent):
+            distillers = model.distillers.values()
+            _stop_decay(optimizer, [p for d in distillers for p in d.undecayed()])
+        return optimizer
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -1,6 +1,6 @@
 """What a distillation method is: a registry, what a method declares, and its base class."""
 
-from typing import Dict, FrozenSet, Iterable, NamedTuple, Tuple
+from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
@@ -64,6 +64,10 @@ class Distiller(nn.Module):
     def enabled_terms(cls, cfg: CfgNode) -> Tuple[str, ...]:
         """The terms whose ``WEIGHT`` is not 0."""
         return tuple(t for t in cls.requires if cls.node(cfg)[t.upper()].WEIGHT != 0)
+
+    def undecayed(self) -> List[nn.Parameter]:
+        """Parameters that ``SOLVER.WEIGHT_DECAY`` does not pull towards 0."""
+        return []
 
     def levels_of(self, term: str) -> int:
         """How many values ``forward`` returns for a term, one per FPN level; 0 for a scalar."""
