@@ -10,7 +10,7 @@ config key says where its default is from.
 Shapes: R regions, K classes, L student levels.
 """
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Union
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -20,17 +20,18 @@ from torch.nn import functional as F
 
 from d2kd.methods.channel_statistics import as_float
 from d2kd.methods.contrastive import RegionContrast, contrastive_loss
-from d2kd.methods.dense_rois import DenseSampling, dense_rois, vectors_of
 from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
 from d2kd.methods.gdetkd_config import (
     build_contrast,
     build_imitation,
-    build_sampling,
+    build_regions,
     check_config,
     check_pair,
+    delta_units,
     gdetkd_config,
     transfer_heads,
 )
+from d2kd.methods.regions import DenseRegions, Regions, TwoStageRegions, hidden_vectors
 from d2kd.methods.semantic_guided import MaskedImitation, match_levels
 from d2kd.modeling.families import Family
 
@@ -38,20 +39,27 @@ __all__ = ["GDetKD", "class_aware_localization", "contrastive_loss", "match_leve
 
 
 def class_aware_localization(
-    teacher_probs: Tensor, teacher_deltas: Tensor, student_deltas: Tensor
+    teacher_probs: Tensor,
+    teacher_deltas: Tensor,
+    student_deltas: Tensor,
+    mean_over_deltas: bool = False,
 ) -> Tensor:
     """L1 distance of the boxes' deltas, averaged over classes with the teacher's probabilities.
 
     Args:
         teacher_probs: (R, K + 1) softmax, background last; it is left out and gets no share.
-        teacher_deltas, student_deltas: (R, K, 4), or (R, 1, 4) if class-agnostic.
+        teacher_deltas, student_deltas: (R, K, 4), or (R, 1, 4) if class-agnostic, which then
+            stands for every class; the two may differ in this.
+        mean_over_deltas: divide by four.
 
     Returns:
         a scalar, Σ |Σ_c p_c (t_c − s_c)| / R, summed over the four deltas; 0 without regions.
     """
     weights = as_float(teacher_probs.detach())[:, :-1, None]
     difference = as_float(teacher_deltas.detach()) - as_float(student_deltas)
-    return (weights * difference).sum(dim=1).abs().sum() / max(len(difference), 1)
+    distance = (weights * difference).sum(dim=1).abs()  # (R, 4)
+    count = distance.numel() if mean_over_deltas else len(distance)
+    return distance.sum() / max(count, 1)
 
 
 def classification_kl(
@@ -72,14 +80,6 @@ def classification_kl(
     return temperature**2 * kl / max(len(log_p), 1)
 
 
-class Regions(NamedTuple):
-    """The boxes on which student and teacher are compared."""
-
-    boxes: List[Boxes]  # per image
-    classes: List[Tensor]  # per image, of the boxes; K = background
-    anchors: Optional[List[Tensor]] = None  # of a dense student: which of its anchors made them
-
-
 @DISTILLER_REGISTRY.register()
 class GDetKD(Distiller):
     """Feature imitation with soft level matching ("sgfi"), contrast of regions ("ckd"), and class
@@ -98,46 +98,45 @@ class GDetKD(Distiller):
         *,
         terms: Sequence[str],
         num_classes: int,
+        source: Union[TwoStageRegions, DenseRegions],
+        foreground_only: bool = False,
         imitation: Optional[nn.Module] = None,
+        append_gt: bool = False,
         contrast: Optional[RegionContrast] = None,
         kl_temperature: float = 1.0,
-        source: str = "student",
-        foreground_only: bool = False,
-        dense: Optional[DenseSampling] = None,
-        dense_blocks: int = 0,
-        append_gt: bool = False,
+        delta_scale: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        mean_over_deltas: bool = False,
     ):
         """
         Args:
             terms: which of :attr:`requires` to compute.
             num_classes: K of the student.
-            imitation: for "sgfi"; soft or assigned, or masked.
+            source: where regions and the student's vectors of them come from.
+            foreground_only: leave out background regions.
+            imitation: for "sgfi"; on regions, or masked.
+            append_gt: add the objects to the regions of "sgfi".
             contrast: for "ckd".
             kl_temperature: for "cls".
-            source: whose proposals are the regions of a two-stage student, student or teacher.
-            foreground_only: leave out background regions.
-            dense: how to sample regions of a dense student; None for a two-stage student.
-            dense_blocks: blocks of a dense student's class tower.
-            append_gt: add the objects to the regions of a dense student's "sgfi".
+            delta_scale: what turns the teacher's four box deltas into the student's units.
+            mean_over_deltas: for "bbox", see :func:`class_aware_localization`.
         """
         super().__init__(terms)
         self.num_classes = num_classes
-        self.imitation = imitation
-        self.contrast = contrast
-        self.kl_temperature = kl_temperature
         self.source = source
         self.foreground_only = foreground_only
-        self.dense = dense
-        self.dense_blocks = dense_blocks
+        self.imitation = imitation
         self.append_gt = append_gt
-        self.requires = {term: self._needs(term) for term in self.requires}
+        self.contrast = contrast
+        self.kl_temperature = kl_temperature
+        self.register_buffer("delta_scale", torch.tensor(delta_scale), persistent=False)
+        self.mean_over_deltas = mean_over_deltas
+        self.masked = isinstance(imitation, MaskedImitation)
+        self.requires = {term: source.needs(term) for term in self.requires}
+        if self.masked:
+            self.requires["sgfi"] = Needs(student=("features",), teacher=("features",))
 
-    def _needs(self, term: str) -> Needs:
-        if self.dense is None:
-            teacher = ("proposals", "rois") if self.source == "teacher" else ("rois",)
-            return Needs(student=("features", "proposals", "rois"), teacher=teacher)
-        tower = (f"tower.{self.dense_blocks}",) if term == "ckd" else ()
-        return Needs(student=("features", "dense", *tower), teacher=("rois",))
+    def undecayed(self) -> List[nn.Parameter]:
+        return [p for n, p in self.named_parameters() if n == "imitation.log_temperature"]
 
     @classmethod
     def default_config(cls) -> CfgNode:
@@ -149,68 +148,66 @@ class GDetKD(Distiller):
         check_config(node)
         check_pair(node, terms, student, teacher)
         transfer_heads(node, student, teacher)
-        two_stage = "rois" in student.offers
         return {
             "terms": terms,
             "num_classes": student.num_classes,
+            "source": build_regions(node, student),
+            "foreground_only": node.FOREGROUND_ONLY,
             "imitation": build_imitation(node, student, teacher) if "sgfi" in terms else None,
+            "append_gt": node.DENSE.APPEND_GT_FOR_SGFI and "rois" not in student.offers,
             "contrast": build_contrast(node, student, teacher) if "ckd" in terms else None,
             "kl_temperature": node.KL_TEMPERATURE,
-            "source": node.ROIS,
-            "foreground_only": node.FOREGROUND_ONLY,
-            "dense": None if two_stage else build_sampling(node),
-            "dense_blocks": 0 if two_stage else student.dense_head.num_blocks("cls"),
-            "append_gt": node.DENSE.APPEND_GT_FOR_SGFI and not two_stage,
+            **(delta_units(student, teacher) if "bbox" in terms else {}),
+            "mean_over_deltas": node.MEAN_OVER_DELTAS,
         }
 
     def forward(self, student, teacher, targets) -> Dict[str, Tensor]:
-        regions = self.regions(student, teacher, targets)
+        objects = [target.gt_boxes for target in targets]
+        on_regions = {term for term in self.terms if self.wants(term)}
         losses = {}
-        if self.wants("sgfi"):
-            losses["sgfi"] = self.imitate(student, teacher, regions, targets)
-        if self.wants("ckd"):
+        if self.masked and "sgfi" in on_regions:
+            on_regions.remove("sgfi")
+            losses["sgfi"] = self.imitation(student.features, teacher.features, objects)
+        if not on_regions:
+            return losses
+        regions = self.regions(student, teacher, targets)
+        if "sgfi" in on_regions:
+            losses["sgfi"] = self.imitate(student, teacher, regions.boxes, objects)
+        if "ckd" in on_regions:
             losses["ckd"] = self.region_contrast(student, teacher, regions)
-        if self.wants("cls") or self.wants("bbox"):
+        if on_regions & {"cls", "bbox"}:
             losses.update(self.predictions(student, teacher, regions.boxes))
         return {name: value for name, value in losses.items() if self.wants(name)}
 
     def regions(self, student, teacher, targets) -> Regions:
         """The boxes of this step, without gradient."""
-        if self.dense is not None:
-            proposals = dense_rois(student, targets, self.dense)
-        else:
-            proposals = (teacher if self.source == "teacher" else student).proposals
+        proposals = self.source.sample(student, teacher, targets)
         if self.foreground_only:
             proposals = [p[p.gt_classes < self.num_classes] for p in proposals]
+        anchors = [p.anchors for p in proposals] if proposals[0].has("anchors") else None
         return Regions(
-            [p.proposal_boxes for p in proposals],
-            [p.gt_classes for p in proposals],
-            None if self.dense is None else [p.anchors for p in proposals],
+            [p.proposal_boxes for p in proposals], [p.gt_classes for p in proposals], anchors
         )
 
-    def imitate(self, student, teacher, regions: Regions, targets) -> Tensor:
-        """The "sgfi" term, a scalar."""
-        objects = [t.gt_boxes for t in targets]
-        if isinstance(self.imitation, MaskedImitation):
-            return self.imitation(student.features, teacher.features, objects)
-        boxes = regions.boxes
+    def imitate(self, student, teacher, boxes: List[Boxes], objects: List[Boxes]) -> Tensor:
+        """The "sgfi" term on regions, a scalar."""
         if self.append_gt:
-            boxes = [Boxes.cat([b, gt]) for b, gt in zip(boxes, objects)]
-        return self.imitation(student.features, boxes, teacher.rois(boxes).features)
+            boxes = [Boxes.cat(both) for both in zip(boxes, objects)]
+        target = self.imitation_target(teacher, boxes)
+        return self.imitation(student.features, boxes, target)
+
+    def imitation_target(self, teacher, boxes: List[Boxes]) -> Tensor:
+        """What of the teacher the regions imitate."""
+        if self.imitation.weighs_teacher:
+            return self.imitation.pool_teacher(teacher.features, boxes)
+        return teacher.rois(boxes).features
 
     def region_contrast(self, student, teacher, regions: Regions) -> Tensor:
         """The "ckd" term, a scalar."""
-        if regions.anchors is None:
-            anchor, vectors = None, student.rois(regions.boxes).hidden
-        else:
-            num_anchors = student.family.dense_head.num_anchors
-            anchor = torch.cat(regions.anchors) % num_anchors
-            tower = student.dense.tower("cls", self.dense_blocks)
-            vectors = vectors_of(tower, regions.anchors, num_anchors)
+        vectors, anchor = self.source.vectors(student, regions)
+        theirs = hidden_vectors(teacher, regions.boxes, self.source.pre_relu)
         classes = [c.masked_fill(c == self.num_classes, -1) for c in regions.classes]
-        return self.contrast(
-            vectors, teacher.rois(regions.boxes).hidden, regions.boxes, classes, anchor
-        )
+        return self.contrast(vectors, theirs, regions.boxes, classes, anchor)
 
     def predictions(self, student, teacher, boxes: List[Boxes]) -> Dict[str, Tensor]:
         """The "cls" and "bbox" terms, scalars."""
@@ -219,7 +216,8 @@ class GDetKD(Distiller):
             "cls": classification_kl(ours.logits, theirs.logits, self.kl_temperature),
             "bbox": class_aware_localization(
                 as_float(theirs.logits).softmax(dim=1),
-                theirs.deltas.unflatten(1, (-1, 4)),
+                theirs.deltas.unflatten(1, (-1, 4)) * self.delta_scale,
                 ours.deltas.unflatten(1, (-1, 4)),
+                self.mean_over_deltas,
             ),
         }

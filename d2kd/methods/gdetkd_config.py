@@ -1,6 +1,6 @@
 """G-DetKD's config: its keys, what they may be, and the parts that they describe."""
 
-from typing import List, Sequence
+from typing import Dict, List, Sequence, Tuple, Union
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -8,6 +8,7 @@ from torch import nn
 from d2kd.errors import UserError, nearest
 from d2kd.methods.contrastive import RegionContrast
 from d2kd.methods.dense_rois import DenseSampling
+from d2kd.methods.regions import DenseRegions, TwoStageRegions
 from d2kd.methods.schedule import term_config
 from d2kd.methods.semantic_guided import (
     MAX_TEMPERATURE,
@@ -21,8 +22,10 @@ KEY = "DISTILL.GDETKD"
 # Which student level a region's feature is taken from: a weighted sum of all, or the one that the
 # region's size assigns it to; or no regions, but the levels inside of objects
 MATCHES = ("soft", "assigned", "gt_mask")
-# Whose sampled proposals are the regions of a two-stage student
-SOURCES = ("student", "teacher")
+# Whose levels a soft match weighs
+AGGREGATES = ("student", "teacher")
+# Whose sampled proposals are the regions of a two-stage student; or boxes around objects
+SOURCES = ("student", "teacher", "gt_jitter")
 # (lowest, highest) of numbers; None = no bound
 RANGES = {
     "TAU_INIT": (MIN_TEMPERATURE, MAX_TEMPERATURE),
@@ -51,8 +54,10 @@ def gdetkd_config() -> CfgNode:
     node.CLS = term_config(weight=1.0)
     node.BBOX = term_config(weight=1.0)
 
-    # Whose sampled proposals the regions of a two-stage student are: student
-    # (re-implementation), or teacher (our reading of what else there is)
+    # The regions of a two-stage student: the student's sampled proposals (re-implementation), or
+    # (our reading of what else there is) the teacher's, or gt_jitter,
+    # ROI_HEADS.BATCH_SIZE_PER_IMAGE boxes around an image's objects. For those of others than
+    # itself, the student's box head runs once more
     node.ROIS = "student"
     # Leave background regions out (reading note and re-implementation: keep all)
     node.FOREGROUND_ONLY = False
@@ -60,6 +65,13 @@ def gdetkd_config() -> CfgNode:
     # soft (reading note); assigned: the one level of the region's size (its "RoIFI"); gt_mask: no
     # regions, but the levels of equal stride inside of objects (our reading of its "GT mask")
     node.MATCH = "soft"
+    # Whose levels a soft match weighs: the student's, towards the one region of the teacher
+    # (reading note and re-implementation), or all of the teacher's, as the target of the student's
+    # one region (our reading of the opposite, an ablation)
+    node.AGGREGATE = "student"
+    # Stop the gradient at the weights of levels (our reading: it goes through them). Nothing else
+    # trains the keys' convolutions and the temperature, which then stay as they are initialised
+    node.DETACH_ALPHA = False
     # Names of the student levels to match; empty = all (reading note)
     node.LEVELS = []
     # One 1x1 convolution for all levels (re-implementation), or one per level
@@ -74,6 +86,9 @@ def gdetkd_config() -> CfgNode:
     # Mean over all elements (re-implementation), or over regions alone
     node.MEAN_REDUCTION = True
 
+    # Contrast what the last shared layer gives before its ReLU (re-implementation), or after it, as
+    # the predictor reads it (our reading). A dense student's is the last block of its class tower
+    node.PRE_RELU = False
     # Width of the projection that student and teacher share (reading note: there is one; our
     # reading: its width); 0 = none, instead an adapter in any case (re-implementation)
     node.PROJ_DIM = 128
@@ -98,12 +113,16 @@ def gdetkd_config() -> CfgNode:
     # The projection learns from the student's vectors alone (our reading: from both)
     node.STOP_GRAD_TEACHER_PROJ = False
 
-    # Temperature of the class distributions in CLS (our reading)
+    # Temperature of the class distributions in CLS, a KL divergence (our reading; cross entropy has
+    # the same gradient)
     node.KL_TEMPERATURE = 1.0
+    # BBOX sums over the four deltas, as Detectron2's own loss does (our reading), or takes their
+    # mean
+    node.MEAN_OVER_DELTAS = False
 
     # Start the student's box head, and its RPN head, as copies of the teacher's. The full
-    # method copies the box head (reading note; our reading: not the RPN head). What
-    # MODEL.WEIGHTS fills is overwritten by it
+    # method copies the box head (reading note; our reading: not the RPN head). MODEL.WEIGHTS is
+    # read afterwards: a file that has these heads overwrites the copies
     node.HEAD_TRANSFER = False
     node.HEAD_TRANSFER_RPN = False
 
@@ -130,7 +149,7 @@ def check_config(node: CfgNode) -> None:
     Raises:
         UserError: if a value is unknown or out of its range.
     """
-    for name, known in (("ROIS", SOURCES), ("MATCH", MATCHES)):
+    for name, known in (("ROIS", SOURCES), ("MATCH", MATCHES), ("AGGREGATE", AGGREGATES)):
         if node[name] not in known:
             raise UserError(f"{KEY}.{name} is '{node[name]}': {nearest(node[name], known)}")
     for name, (lowest, highest) in RANGES.items():
@@ -153,7 +172,9 @@ def check_pair(node: CfgNode, terms: Sequence[str], student: Family, teacher: Fa
     for term in ("cls", "bbox"):
         if term in terms:
             key = f"{KEY}.{term.upper()}.WEIGHT"
-            student.box_head.check_same_outputs(teacher.box_head, 0, key)
+            student.box_head.check_same_classes(teacher.box_head, 0, key)
+    if "ckd" in terms and node.PRE_RELU:
+        _check_last_fc(student, teacher)
     if "rois" not in student.offers:
         chosen = {
             "ROIS": node.ROIS != "student",
@@ -188,17 +209,20 @@ def build_imitation(node: CfgNode, student: Family, teacher: Family) -> nn.Modul
         return MaskedImitation([(student.levels[i], teacher.levels[j]) for i, j in pairs])
     pooler = teacher.box_head.module.box_pooler
     levels = _student_levels(node, student)
-    if node.MATCH == "assigned":
-        # No coarser than what the teacher pools from
-        levels = [lv for lv in levels if lv.stride <= 2**pooler.max_level]
-        _check_consecutive(levels)
-    else:
+    soft = node.MATCH == "soft"
+    if soft:
         _check_embedding(node.EMBED_DIMS, min(pooler.output_size))
+    if not soft or node.AGGREGATE == "teacher":
+        # One student level per region, no coarser than what the teacher pools from
+        levels = [lv for lv in levels if lv.stride <= 2**pooler.max_level]
+        _check_consecutive(levels, "AGGREGATE" if soft else "MATCH", node)
     return SemanticGuidedImitation(
         levels,
         teacher.levels[0].channels,
         pooler.output_size,
-        soft=node.MATCH == "soft",
+        soft=soft,
+        teacher_levels=teacher.levels if soft and node.AGGREGATE == "teacher" else (),
+        detach_weights=node.DETACH_ALPHA,
         embed_dims=node.EMBED_DIMS,
         final_relu=node.FINAL_RELU,
         adapter_per_level=node.ADAPTER_PER_LEVEL,
@@ -230,10 +254,20 @@ def build_contrast(node: CfgNode, student: Family, teacher: Family) -> RegionCon
     )
 
 
-def build_sampling(node: CfgNode) -> DenseSampling:
-    """How regions of a dense student are sampled."""
-    names = set(DenseSampling._fields)
-    return DenseSampling(**{k.lower(): v for k, v in node.DENSE.items() if k.lower() in names})
+def build_regions(node: CfgNode, student: Family) -> Union[TwoStageRegions, DenseRegions]:
+    """Where the regions come from."""
+    if "rois" in student.offers:
+        count = student.box_head.batch_size_per_image
+        return TwoStageRegions(node.ROIS, count, pre_relu=node.PRE_RELU)
+    options = {k.lower(): v for k, v in node.DENSE.items()}
+    sampling = DenseSampling(**{k: options[k] for k in DenseSampling._fields})
+    return DenseRegions(sampling, student.dense_head.num_blocks("cls"), pre_relu=node.PRE_RELU)
+
+
+def delta_units(student: Family, teacher: Family) -> Dict[str, Tuple[float, ...]]:
+    """The argument ``delta_scale``: ``BBOX_REG_WEIGHTS`` of the two may differ."""
+    ours, theirs = (family.box_head.delta_weights(0) for family in (student, teacher))
+    return {"delta_scale": tuple(w_s / w_t for w_s, w_t in zip(ours, theirs))}
 
 
 def _student_levels(node: CfgNode, student: Family) -> List[Level]:
@@ -244,12 +278,21 @@ def _student_levels(node: CfgNode, student: Family) -> List[Level]:
     return [level for name, level in known.items() if name in (node.LEVELS or known)]
 
 
-def _check_consecutive(levels: Sequence[Level]) -> None:
+def _check_last_fc(student: Family, teacher: Family) -> None:
+    for name, family in (("student", student), ("teacher", teacher)):
+        if "rois" in family.offers and family.box_head.last_fc(0) is None:
+            raise UserError(
+                f"{KEY}.PRE_RELU is True, but the box head of the {name} has no fully connected "
+                "layer: set it to False"
+            )
+
+
+def _check_consecutive(levels: Sequence[Level], name: str, node: CfgNode) -> None:
     strides = [level.stride for level in levels]
     if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
         raise UserError(
-            f"{KEY}.MATCH is 'assigned', but the student's levels up to the teacher's coarsest "
-            f"have strides {strides}: give {KEY}.LEVELS of which each has twice the stride"
+            f"{KEY}.{name} is '{node[name]}', but the student's levels up to the teacher's "
+            f"coarsest have strides {strides}: give {KEY}.LEVELS of which each has twice the stride"
         )
 
 

@@ -1,8 +1,8 @@
 """Semantic-guided feature imitation: the student's levels, softly matched with the one level from
 which the teacher pools a region.
 
-Shapes: L student levels, R regions, C channels of the teacher's levels, (r, r) a pooled region,
-d numbers per key.
+Shapes: L levels that are matched, R regions, C channels of the teacher's levels, (r, r) a pooled
+region, d numbers per key.
 """
 
 import math
@@ -24,7 +24,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e2
 
 def match_levels(student_keys: Tensor, teacher_keys: Tensor, temperature) -> Tensor:
     """How well each student level fits the teacher's region: softmax over levels of the products
-    of their keys.
+    of their keys. The other way round, with L teacher levels, if the two are swapped.
 
     Args:
         student_keys: (L, R, d).
@@ -39,13 +39,14 @@ def match_levels(student_keys: Tensor, teacher_keys: Tensor, temperature) -> Ten
 
 
 class SemanticGuidedImitation(nn.Module):
-    """Pools every region from every student level, and lets their weighted sum imitate the region
-    that the teacher pools.
+    """Pools every region from all levels of the student and from the one level of its size of the
+    teacher. The weighted sum of the student's, in which a level counts the more the better its key
+    fits the teacher's, imitates the teacher's. Two variants: the sum is over the teacher's levels,
+    and there is no sum, but one level on both sides.
 
     Attributes:
-        levels: the student's levels that are pooled.
-        soft: whether levels are matched by keys. If not, a region is pooled from the one student
-            level that its size assigns it to, which leaves keys and temperature out.
+        matched: the levels that are weighted, if there are any.
+        weighs_teacher: whether these are the teacher's.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class SemanticGuidedImitation(nn.Module):
         resolution: Tuple[int, int],
         *,
         soft: bool = True,
+        teacher_levels: Sequence[Level] = (),
+        detach_weights: bool = False,
         embed_dims: Sequence[int] = (128, 64),
         final_relu: bool = True,
         adapter_per_level: bool = False,
@@ -63,10 +66,13 @@ class SemanticGuidedImitation(nn.Module):
     ):
         """
         Args:
-            levels: the student's, finest first; without ``soft``, of consecutive strides.
+            levels: the student's, finest first; of consecutive strides where a region's size
+                chooses one of them.
             channels: C.
             resolution: (r, r) of the teacher's pooler.
-            soft: see the class.
+            soft: weight levels. Otherwise there are neither keys nor a temperature.
+            teacher_levels: weight these instead of the student's.
+            detach_weights: no gradient goes through the weights; nothing trains keys and τ then.
             embed_dims: widths of the 3×3 convolutions of stride 2 that make a key.
             final_relu: whether the last of them has a ReLU, too.
             adapter_per_level: one adapter per level instead of one for all.
@@ -75,13 +81,13 @@ class SemanticGuidedImitation(nn.Module):
         """
         super().__init__()
         self.levels = list(levels)
-        self.soft = soft
+        self.matched = list(teacher_levels or levels) if soft else []
+        self.weighs_teacher = bool(teacher_levels)
+        self.detach_weights = detach_weights
         self.mean_reduction = mean_reduction
-        scales = [1 / level.stride for level in levels]
-        self.poolers = nn.ModuleList(
-            ROIPooler(resolution, group, sampling_ratio=0, pooler_type="ROIAlignV2")
-            for group in ([[s] for s in scales] if soft else [scales])
-        )
+        self._pools_each = soft and not teacher_levels
+        self.poolers = _poolers([[x] for x in levels] if self._pools_each else [levels], resolution)
+        self.teacher_poolers = _poolers([[x] for x in teacher_levels], resolution)
         widths = {level.channels for level in levels}
         assert len(widths) == 1, f"student levels of one width are expected, not {widths}"
         self.adapters = nn.ModuleList(
@@ -91,6 +97,9 @@ class SemanticGuidedImitation(nn.Module):
         if soft:
             self.embed = _embedding(channels, embed_dims, final_relu)
             self.log_temperature = nn.Parameter(torch.tensor(math.log(initial_temperature)))
+            # DistributedDataParallel waits for every parameter that is not frozen.
+            self.embed.requires_grad_(not detach_weights)
+            self.log_temperature.requires_grad_(not detach_weights)
 
     @property
     def temperature(self) -> Tensor:
@@ -103,36 +112,57 @@ class SemanticGuidedImitation(nn.Module):
         Args:
             features: the student's levels by name.
             boxes: per image, in pixels of the padded batch.
-            target: (R, C, r, r), what the teacher pools; gets no gradient.
+            target: (R, C, r, r), what the teacher pools; (L, R, C, r, r) of :meth:`pool_teacher`
+                if the teacher's levels are weighted. Gets no gradient.
 
         Returns:
             mean squared difference, a scalar; 0 without regions.
         """
-        target = as_float(target.detach())
-        adapted = self.adapted([features[level.name] for level in self.levels], boxes)
-        if self.soft:
-            keys = self.embed(adapted.flatten(0, 1)).flatten(1).unflatten(0, adapted.shape[:2])
-            weights = match_levels(keys, self.embed(target).flatten(1), self.temperature)
+        many, one = self.sides(features, boxes, target)
+        if self.matched:
+            weights = self.weights(many, one)
             log_sometimes(lambda: self.numbers(weights))
-            with torch.autocast(adapted.device.type, enabled=False):
-                merged = torch.einsum("lr,lrcyx->rcyx", weights, as_float(adapted))
+            with torch.autocast(many.device.type, enabled=False):
+                merged = torch.einsum("lr,lrcyx->rcyx", weights, as_float(many))
         else:
-            merged = as_float(adapted[0])
-        squared = (merged - target).square()
+            merged = as_float(many[0])
+        squared = (merged - as_float(one)).square()
         count = squared.numel() if self.mean_reduction else len(squared)
         return squared.sum() / max(count, 1)
 
-    def adapted(self, levels: List[Tensor], boxes: List[Boxes]) -> Tensor:
-        """(L, R, C, r, r), or (1, R, C, r, r) without soft matching."""
+    def sides(
+        self, features: Dict[str, Tensor], boxes: List[Boxes], target: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """What :meth:`forward` compares: the side with L levels (L, R, C, r, r), and the other
+        (R, C, r, r). Arguments as there."""
+        ours, theirs = self.pool_student(features, boxes), as_float(target.detach())
+        return (theirs, ours[0]) if self.weighs_teacher else (ours, theirs)
+
+    def weights(self, many: Tensor, one: Tensor) -> Tensor:
+        """How much each level counts: (L, R), sums to 1 over the levels."""
+        keys = self.embed(many.flatten(0, 1)).flatten(1).unflatten(0, many.shape[:2])
+        weights = match_levels(keys, self.embed(one).flatten(1), self.temperature)
+        return weights.detach() if self.detach_weights else weights
+
+    def pool_student(self, features: Dict[str, Tensor], boxes: List[Boxes]) -> Tensor:
+        """Adapted regions (L, R, C, r, r); (1, R, C, r, r) where a region's size chooses the
+        level."""
+        levels = [features[level.name] for level in self.levels]
         shared = len(self.adapters) == 1
-        if not self.soft:
-            if not shared:
-                levels = [adapter(x) for adapter, x in zip(self.adapters, levels)]
-            pooled = self.poolers[0](levels, boxes)
-            return (self.adapters[0](pooled) if shared else pooled)[None]
-        pooled = [pooler([x], boxes) for pooler, x in zip(self.poolers, levels)]
-        adapters = list(self.adapters) * (len(levels) if shared else 1)
-        return torch.stack([adapter(x) for adapter, x in zip(adapters, pooled)])
+        if self._pools_each:
+            pooled = [pooler([x], boxes) for pooler, x in zip(self.poolers, levels)]
+            adapters = list(self.adapters) * (len(levels) if shared else 1)
+            return torch.stack([adapter(x) for adapter, x in zip(adapters, pooled)])
+        if not shared:
+            levels = [adapter(x) for adapter, x in zip(self.adapters, levels)]
+        pooled = self.poolers[0](levels, boxes)
+        return (self.adapters[0](pooled) if shared else pooled)[None]
+
+    def pool_teacher(self, features: Dict[str, Tensor], boxes: List[Boxes]) -> Tensor:
+        """Regions (L, R, C, r, r) of the teacher's levels that are weighted."""
+        levels = [features[level.name] for level in self.matched]
+        pooled = [pooler([x], boxes) for pooler, x in zip(self.teacher_poolers, levels)]
+        return torch.stack(pooled)
 
     @torch.no_grad()
     def numbers(self, weights: Tensor) -> Dict[str, Tensor]:
@@ -141,10 +171,18 @@ class SemanticGuidedImitation(nn.Module):
         shares = weights.sum(dim=1) / count
         entropy = torch.special.entr(weights).sum() / count
         return {
-            **{f"gdetkd_sgfi/{lv.name}": share for lv, share in zip(self.levels, shares)},
+            **{f"gdetkd_sgfi/{lv.name}": share for lv, share in zip(self.matched, shares)},
             "gdetkd_sgfi/entropy": entropy,
             "gdetkd_sgfi/temperature": self.temperature,
         }
+
+
+def _poolers(groups: Sequence[Sequence[Level]], resolution: Tuple[int, int]) -> nn.ModuleList:
+    """One pooler per group of levels; within a group, a region's size chooses the level."""
+    scales = [[1 / level.stride for level in group] for group in groups]
+    return nn.ModuleList(
+        ROIPooler(resolution, s, sampling_ratio=0, pooler_type="ROIAlignV2") for s in scales
+    )
 
 
 def _embedding(channels: int, widths: Sequence[int], final_relu: bool) -> nn.Sequential:

@@ -53,10 +53,18 @@ def train(cfg, resume=False, kill_at=None):
     return trainer
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, student, toy_dataset):
-    whole = train(run_config(tmp_path / "a", student, toy_dataset))
-    cfg = run_config(tmp_path / "b", student, toy_dataset)
+# A memory, a parameter that does not decay, random regions
+GDETKD = ["DISTILL.GDETKD.ROIS", "gt_jitter", "DISTILL.GDETKD.QUEUE_SIZE", 500]
+RUNS = {name: (name, (), "FRS") for name in STUDENTS}
+RUNS["GDetKD"] = ("FasterRCNN", GDETKD, "GDetKD")
+
+
+@pytest.mark.parametrize("student, opts, method", RUNS.values(), ids=RUNS)
+def test_killed_and_resumed_ends_with_the_same_weights(
+    tmp_path, student, opts, method, toy_dataset
+):
+    whole = train(run_config(tmp_path / "a", student, toy_dataset, opts, methods=[method]))
+    cfg = run_config(tmp_path / "b", student, toy_dataset, opts, methods=[method])
     killed = train(cfg, kill_at=5)
     assert checksum(killed.student) != checksum(whole.student)
     resumed = train(cfg, resume=True)

@@ -166,12 +166,30 @@ def test_localization_by_hand():
     assert loss.item() == pytest.approx(0.265, abs=1e-6)
     loss.backward()
     assert student.grad.abs().sum() > 0
-    assert class_aware_localization(probs[:0], student[:0], student[:0]) == 0
+    mean = class_aware_localization(probs, student.detach() + differences, student, True)
+    assert mean.item() == pytest.approx(0.265 / 4, abs=1e-6)
+    for mean_over_deltas in (False, True):
+        none = class_aware_localization(probs[:0], student[:0], student[:0], mean_over_deltas)
+        assert none == 0
 
 
-def test_localization_of_class_agnostic_boxes():
-    probs, t, s = torch.tensor([[0.3, 0.3, 0.4]]), torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
-    assert class_aware_localization(probs, t, s).item() == pytest.approx(0.6 * 4)
+@pytest.mark.parametrize("student_boxes", [1, 3])
+@pytest.mark.parametrize("teacher_boxes", [1, 3])
+def test_localization_of_class_agnostic_boxes(teacher_boxes, student_boxes):
+    """A box without class stands for each: between two of them, (1 − p_bg) |t − s| is left."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(5, 4, generator=generator).softmax(dim=1)
+    t = torch.randn(5, teacher_boxes, 4, generator=generator)
+    s = torch.randn(5, student_boxes, 4, generator=generator)
+    naive = 0
+    for i in range(5):
+        for k in range(4):
+            pairs = ((t[i, c % teacher_boxes, k], s[i, c % student_boxes, k]) for c in range(3))
+            naive += abs(sum(probs[i, c] * (a - b) for c, (a, b) in enumerate(pairs))) / 5
+    assert torch.allclose(class_aware_localization(probs, t, s), naive)
+    if teacher_boxes == student_boxes == 1:
+        expected = ((1 - probs[:, -1:]) * (t - s)[:, 0].abs()).sum() / 5
+        assert torch.allclose(naive, expected)
 
 
 def test_memory_is_first_in_first_out():

@@ -94,10 +94,18 @@ def train(rank, cfg, boxes):
     )
 
 
-@pytest.mark.parametrize("student", ["FasterRCNN", "FCOS"])
-def test_gradients_are_averaged_and_memories_equal(tmp_path, student):
-    """One process has no objects; one term starts later."""
-    opts = ["DISTILL.GDETKD.QUEUE_SIZE", 500, "DISTILL.GDETKD.SGFI.START_ITER", 500]
+@pytest.mark.parametrize(
+    "student, opts",
+    [
+        ("FasterRCNN", []),
+        ("FCOS", []),
+        ("FasterRCNN", ["DISTILL.GDETKD.FOREGROUND_ONLY", True]),
+        ("FasterRCNN", ["DISTILL.GDETKD.DETACH_ALPHA", True]),
+    ],
+)
+def test_gradients_are_averaged_and_memories_equal(tmp_path, student, opts):
+    """One process has no objects and, of these alone, no regions; one term starts later."""
+    opts = [*opts, "DISTILL.GDETKD.QUEUE_SIZE", 500, "DISTILL.GDETKD.SGFI.START_ITER", 500]
     if student == "FCOS":
         opts += ["DISTILL.GDETKD.CLS.WEIGHT", 0.0, "DISTILL.GDETKD.BBOX.WEIGHT", 0.0]
     cfg = distill_config(tmp_path, student, opts, teacher="FasterRCNN", methods=["GDetKD"])

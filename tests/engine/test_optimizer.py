@@ -1,0 +1,74 @@
+"""What the optimizer does to which parameter."""
+
+import pytest
+import torch
+from detectron2.solver import build_optimizer
+from toys import distill_config
+
+from d2kd.engine import DistillTrainer
+from d2kd.modeling import build_model
+
+TEMPERATURE = "distillers.GDetKD.imitation.log_temperature"
+KEY = "DISTILL.GDETKD."
+
+
+def model_and_optimizer(folder, name, opts=(), methods=("GDetKD",)):
+    opts = ["SOLVER.OPTIMIZER", name, "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.BASE_LR", 0.1, *opts]
+    small = [KEY + "QUEUE_SIZE", 8, "SOLVER.WEIGHT_DECAY_NORM", 0.25]
+    cfg = distill_config(folder, "FasterRCNN", [*small, *opts], methods=methods)
+    model = build_model(cfg)
+    return model, DistillTrainer.build_optimizer(cfg, model), cfg
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_temperature_does_not_decay(tmp_path, name, clip):
+    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", clip, KEY + "TAU_INIT", 2.0]
+    model, optimizer, _ = model_and_optimizer(tmp_path, name, opts)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for n, p in model.named_parameters():
+        if p.requires_grad and before[n].abs().sum() > 0:
+            assert torch.equal(p, before[n]) == (n == TEMPERATURE), n
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_all_else_is_as_without_the_exception(tmp_path, monkeypatch, name):
+    def groups(optimizer, model):
+        names = {p: n for n, p in model.named_parameters()}
+        found = [
+            (names[p], {k: v for k, v in group.items() if k != "params"})
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+        assert len(found) == len(dict(found))
+        return dict(found)
+
+    model, optimizer, cfg = model_and_optimizer(tmp_path, name)
+    found = groups(optimizer, model)
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    monkeypatch.setattr(type(model.distillers["GDetKD"]), "undecayed", lambda _: [])
+    plain = groups(DistillTrainer.build_optimizer(cfg, model), model)
+    assert found.pop(TEMPERATURE) == {**plain.pop(TEMPERATURE), "weight_decay": 0.0}
+    assert found == plain
+    if name == "SGD":
+        stock = groups(build_optimizer(cfg, model), model)
+        stock.pop(TEMPERATURE)
+        assert found == stock
+
+
+def test_without_exceptions_the_groups_are_detectron2s(tmp_path):
+    model, optimizer, cfg = model_and_optimizer(tmp_path, "SGD", methods=["FRS"])
+    for ours, stock in zip(optimizer.param_groups, build_optimizer(cfg, model).param_groups):
+        assert [id(p) for p in ours["params"]] == [id(p) for p in stock["params"]]
+        assert {**ours, "params": 0} == {**stock, "params": 0}
+    assert len(optimizer.param_groups) == len(build_optimizer(cfg, model).param_groups)
+
+
+def test_frozen_temperature_is_left_out(tmp_path):
+    model, optimizer, _ = model_and_optimizer(tmp_path, "SGD", [KEY + "DETACH_ALPHA", True])
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    frozen = [p for p in model.distillers.parameters() if not p.requires_grad]
+    assert len(frozen) == 5 and not any(id(p) in trained for p in frozen)
