@@ -1,25 +1,34 @@
 #!/usr/bin/env python
-"""Draws what a method looks at: DeFeat's object masks, FRS's scores, on every FPN level.
+"""Draws what a method looks at.
 
-python tools/visualize.py configs/shapes/defeat_faster_rcnn_tiny.yaml --output masks.png
+That is DeFeat's object masks and FRS's scores on every FPN level, and how much attention G-DetKD
+pays to every level, over the size of regions:
 
-Takes images as the training loader gives them, and the maps of one training step on them.
+    python tools/visualize.py configs/shapes/defeat_faster_rcnn_tiny.yaml --output masks.png
+    python tools/visualize.py configs/shapes/gdetkd_faster_rcnn_tiny.yaml --output attention.png \\
+        MODEL.WEIGHTS output/shapes/gdetkd_faster_rcnn_tiny/model_final.pth
+
+Takes images as the training loader gives them, and the maps of one training step on them. Attention
+is learned: it is that of a checkpoint of the recipe's run.
 """
 
 import argparse
-from typing import Dict, List
+from typing import Dict, List, NamedTuple, Optional
 
 import matplotlib
+import numpy as np
 import torch
 from compare import read_config
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from torch import Tensor
 
 from d2kd.engine import DistillTrainer
+from d2kd.engine.checkpoint import StudentCheckpointer
 from d2kd.errors import UserError
 from d2kd.modeling import TeacherStudent, build_model
 
@@ -27,6 +36,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 NUM_IMAGES = 2
+# Batches over which attention is averaged
+NUM_BATCHES = 16
 
 
 def defeat_masks(method, student, teacher, targets) -> Dict[int, Tensor]:
@@ -56,12 +67,72 @@ def level_maps(model: TeacherStudent, inputs: List[dict]) -> Dict[str, Dict[int,
     return {name: levels for name, levels in maps.items() if levels}  # DeFeat may have none
 
 
-def draw(cfg: CfgNode, inputs: List[dict], maps: Dict[str, Dict[int, Tensor]], path: str) -> None:
-    """One row per image and method: the image with its objects, then the map of every level."""
+class Attention(NamedTuple):
+    """What G-DetKD's levels count in R regions."""
+
+    levels: List[str]
+    sizes: np.ndarray  # (R,), √area in pixels
+    weights: np.ndarray  # (L, R)
+
+
+def load_run(model: TeacherStudent, path: str) -> None:
+    """Fills student and adapters with those of a run.
+
+    Raises:
+        UserError: if the file holds no adapters, or others.
+    """
+    saved = StudentCheckpointer(model.student).load(path)
+    if "distillers" not in saved:
+        raise UserError(
+            f"MODEL.WEIGHTS is '{path}': G-DetKD's attention is learned, give a checkpoint of the "
+            "recipe's run"
+        )
+    try:
+        model.distillers.load_state_dict(saved["distillers"])
+    except RuntimeError as e:
+        raise UserError(
+            f"MODEL.WEIGHTS is '{path}': its adapters are not those of this recipe"
+        ) from e
+
+
+def level_attention(model: TeacherStudent, batches: List[List[dict]]) -> Attention:
+    """The weights of levels in all regions of some training forwards."""
+    sizes, weights = [], []
+
+    def keep(imitation, args, _):
+        _, boxes, _ = args
+        sizes.append(Boxes.cat(boxes).area().sqrt())
+        weights.append(imitation.weights(*imitation.sides(*args)))
+
+    imitation = model.distillers["GDetKD"].imitation
+    handle = imitation.register_forward_hook(keep)
+    with torch.no_grad():
+        for inputs in batches:
+            model(inputs)
+    handle.remove()
+    names = [level.name for level in imitation.matched]
+    return Attention(names, torch.cat(sizes).cpu().numpy(), torch.cat(weights, 1).cpu().numpy())
+
+
+def has_attention(model: TeacherStudent) -> bool:
+    """Whether G-DetKD weighs levels in this recipe."""
+    methods = dict(model.distillers.items())
+    return "GDetKD" in methods and bool(getattr(methods["GDetKD"].imitation, "matched", None))
+
+
+def draw(
+    cfg: CfgNode,
+    inputs: List[dict],
+    maps: Dict[str, Dict[int, Tensor]],
+    attention: Optional[Attention],
+    path: str,
+) -> None:
+    """One row per image and method, the image with its objects, then the map of every level; below,
+    a row for the attention."""
     rows = [(x, name, i) for i, x in enumerate(inputs) for name in maps]
-    columns = 1 + max(len(levels) for levels in maps.values())
-    size = (3 * columns, 3 * len(rows))
-    _, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    columns = 1 + max([len(levels) for levels in maps.values()], default=1)
+    height = len(rows) + (attention is not None)
+    _, axes = plt.subplots(height, columns, figsize=(3 * columns, 3 * height), squeeze=False)
     for a in axes.flat:
         a.axis("off")
     for row, (x, name, i) in zip(axes, rows):
@@ -76,8 +147,28 @@ def draw(cfg: CfgNode, inputs: List[dict], maps: Dict[str, Dict[int, Tensor]], p
             a.imshow(image, extent=(0, width, height, 0))
             a.imshow(level[i].float().cpu(), extent=extent, alpha=0.6, vmin=0, vmax=1)
             a.set_title(f"stride {stride}")
+    if attention is not None:
+        _plot(attention, plt.subplot(axes[-1, 0].get_gridspec()[-1, :]))
     plt.tight_layout()
     plt.savefig(path, dpi=100)
+
+
+def mean_by_size(attention: Attention):
+    """The regions' mean weights in steps of half an octave: sizes (S,), weights (L, S)."""
+    steps = np.round(2 * np.log2(attention.sizes.clip(min=1)))
+    steps, place = np.unique(steps, return_inverse=True)
+    counts = np.bincount(place)
+    return 2 ** (steps / 2), np.stack([np.bincount(place, w) / counts for w in attention.weights])
+
+
+def _plot(attention: Attention, axes) -> None:
+    sizes, means = mean_by_size(attention)
+    for name, mean in zip(attention.levels, means):
+        axes.plot(sizes, mean, marker=".", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set(title="GDetKD", xlabel="√area of a region, pixels", ylabel="mean attention")
+    axes.legend()
 
 
 def _with_objects(cfg: CfgNode, image, instances):
@@ -99,16 +190,29 @@ def main() -> None:
         model = build_model(cfg).train()
         if not isinstance(model, TeacherStudent):
             raise UserError("DISTILL.METHODS is empty, or all weights are 0: nothing to show")
-        inputs = next(iter(DistillTrainer.build_train_loader(cfg)))
+        attends = has_attention(model)
+        if attends:
+            load_run(model, cfg.MODEL.WEIGHTS)
+        loader = iter(DistillTrainer.build_train_loader(cfg))
+        inputs, attention = next(loader), None
         with EventStorage(cfg.SOLVER.MAX_ITER // 2):
             maps = level_maps(model, inputs)
-        if not maps:
+            if attends:
+                batches = [inputs, *(next(loader) for _ in range(NUM_BATCHES - 1))]
+                attention = level_attention(model, batches)
+        if not maps and attention is None:
             methods = list(cfg.DISTILL.METHODS)
-            raise UserError(f"DISTILL.METHODS is {methods}: maps can be had of {list(MAPS)}")
+            raise UserError(
+                f"DISTILL.METHODS is {methods}: maps can be had of {list(MAPS)}, attention of "
+                "GDetKD with MATCH soft"
+            )
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
-    draw(cfg, inputs, maps, args.output)
-    print(f"{args.output}: " + ", ".join(f"{k}, {len(v)} levels" for k, v in maps.items()))
+    draw(cfg, inputs, maps, attention, args.output)
+    drawn = [f"{name}, {len(levels)} levels" for name, levels in maps.items()]
+    if attention is not None:
+        drawn.append(f"GDetKD, {len(attention.levels)} levels, {len(attention.sizes)} regions")
+    print(f"{args.output}: " + ", ".join(drawn))
 
 
 if __name__ == "__main__":
