@@ -289,7 +289,7 @@ class DeFeat(Distiller):
                 family.box_head.check_stage(
                     node.CASCADE_STAGE, "DISTILL.DEFEAT.CASCADE_STAGE", family.name
                 )
-            student.box_head.check_same_classes(teacher.box_head, node.CASCADE_STAGE, keys["head"])
+            student.box_head.check_same_outputs(teacher.box_head, node.CASCADE_STAGE, keys["head"])
         return {
             "terms": terms,
             "levels": levels,

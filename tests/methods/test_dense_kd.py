@@ -112,7 +112,7 @@ def test_half_precision(tmp_path):
 
 
 def test_there_is_a_recipe_for_every_dense_detector():
-    assert len(RECIPES) == 8
+    assert len(RECIPES) == 10
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -197,6 +197,19 @@ class BoxHead:
                 f"0 ... {self.num_stages - 1}"
             )
 
+    def check_same_outputs(self, teacher: "BoxHead", stage: int, key: str) -> None:
+        """
+        Raises:
+            UserError: if the class logits or box deltas of a stage do not mean the same in both.
+        """
+        self.check_same_classes(teacher, stage, key)
+        ours, theirs = self.delta_weights(stage), teacher.delta_weights(stage)
+        if ours != theirs:
+            raise UserError(
+                f"{key} compares box heads: BBOX_REG_WEIGHTS is {ours} of the student and {theirs} "
+                f"of the teacher; take a teacher with the same, or set {key} to 0"
+            )
+
     def check_same_classes(self, teacher: "BoxHead", stage: int, key: str) -> None:
         """
         Raises:
