@@ -11,9 +11,9 @@ from detectron2.structures import Boxes, pairwise_iou
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2kd.methods.channel_statistics import as_float
 from d2kd.methods.log import log_sometimes
 from d2kd.methods.memory import Memory, gather_over_gpus
+from d2kd.modeling.channel_statistics import as_float
 
 # Logit of what does not count as a negative: finite, so that gradients are 0 and never NaN
 _EXCLUDED = -1e30

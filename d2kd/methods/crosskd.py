@@ -16,9 +16,9 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from d2kd.errors import UserError
-from d2kd.methods.channel_statistics import channel_statistics, transfer_statistics
 from d2kd.methods.dense_kd import DenseKD, localization_kd, quality_focal_kd
 from d2kd.methods.distiller import DISTILLER_REGISTRY, Needs
+from d2kd.modeling.channel_statistics import channel_statistics, transfer_statistics
 from d2kd.modeling.families import BRANCHES, Family
 
 __all__ = ["CrossKD", "align_statistics", "localization_kd", "quality_focal_kd"]

@@ -14,7 +14,7 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
-from d2kd.methods.channel_statistics import as_float
+from d2kd.modeling.channel_statistics import as_float
 
 
 class DenseSampling(NamedTuple):

@@ -18,7 +18,6 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2kd.methods.channel_statistics import as_float
 from d2kd.methods.contrastive import RegionContrast, contrastive_loss
 from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
 from d2kd.methods.gdetkd_config import (
@@ -33,6 +32,7 @@ from d2kd.methods.gdetkd_config import (
 )
 from d2kd.methods.regions import DenseRegions, Regions, TwoStageRegions, hidden_vectors
 from d2kd.methods.semantic_guided import MaskedImitation, match_levels
+from d2kd.modeling.channel_statistics import as_float
 from d2kd.modeling.families import Family
 
 __all__ = ["GDetKD", "class_aware_localization", "contrastive_loss", "match_levels"]

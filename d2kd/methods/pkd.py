@@ -11,9 +11,9 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2kd.methods.channel_statistics import transfer_statistics
 from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
 from d2kd.methods.schedule import term_config
+from d2kd.modeling.channel_statistics import transfer_statistics
 from d2kd.modeling.families import paired_levels
 
 

@@ -13,9 +13,9 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from d2kd.methods.channel_statistics import as_float
 from d2kd.methods.defeat import object_masks
 from d2kd.methods.log import log_sometimes
+from d2kd.modeling.channel_statistics import as_float
 from d2kd.modeling.families import Level
 
 # Range of the learned temperature
@@ -104,8 +104,7 @@ class SemanticGuidedImitation(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """τ, a scalar."""
-        lowest, highest = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
-        return self.log_temperature.clamp(lowest, highest).exp()
+        return self.log_temperature.exp()
 
     def forward(self, features: Dict[str, Tensor], boxes: List[Boxes], target: Tensor) -> Tensor:
         """
@@ -120,6 +119,7 @@ class SemanticGuidedImitation(nn.Module):
         """
         many, one = self.sides(features, boxes, target)
         if self.matched:
+            self.clamp_temperature()
             weights = self.weights(many, one)
             log_sometimes(lambda: self.numbers(weights))
             with torch.autocast(many.device.type, enabled=False):
@@ -129,6 +129,12 @@ class SemanticGuidedImitation(nn.Module):
         squared = (merged - as_float(one)).square()
         count = squared.numel() if self.mean_reduction else len(squared)
         return squared.sum() / max(count, 1)
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Brings τ back to its range after the optimizer's step. (Were it clamped where it is used,
+        it would get no gradient outside, and stay there.)"""
+        self.log_temperature.clamp_(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
 
     def sides(
         self, features: Dict[str, Tensor], boxes: List[Boxes], target: Tensor

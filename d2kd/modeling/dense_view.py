@@ -10,8 +10,7 @@ from typing import Dict, Iterable, List, Optional, Tuple
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from d2kd.methods.channel_statistics import channel_statistics
-
+from .channel_statistics import channel_statistics
 from .families import Assignment, DensePredictions
 from .frozen import FrozenLayers
 

@@ -14,8 +14,7 @@ import torch
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from d2kd.methods.channel_statistics import channel_statistics
-
+from .channel_statistics import channel_statistics
 from .dense_view import Dense
 from .families import Family, RoIs
 from .recorder import Recorder

@@ -25,8 +25,8 @@ from crosskd_cases import (
 from crosskd_formulas import cross_losses
 from toys import step
 
-from d2kd.methods.channel_statistics import channel_statistics, transfer_statistics
 from d2kd.methods.crosskd import MAX_GAIN, align_statistics, localization_kd, quality_focal_kd
+from d2kd.modeling.channel_statistics import channel_statistics, transfer_statistics
 from d2kd.modeling.dense_view import Dense
 from d2kd.modeling.families import Assignment
 from d2kd.modeling.recorder import Recorder
@@ -148,6 +148,14 @@ def test_losses_are_finite_with_extreme_logits():
     teacher = torch.tensor([[200.0, -200.0, -200.0]])
     (quality_focal_kd(logits, teacher).sum() + localization_kd(logits, teacher).sum()).backward()
     assert torch.isfinite(logits.grad).all()
+
+
+def test_the_class_loss_gives_no_denormal_gradients():
+    logits = torch.linspace(-90, 10, 400).requires_grad_()
+    quality_focal_kd(logits, logits.detach() - 1).sum().backward()
+    sizes = logits.grad.abs()
+    assert ((sizes == 0) | (sizes > 1e-30)).all()
+    assert (sizes[logits > -30] > 0).all()
 
 
 # The whole method against the original

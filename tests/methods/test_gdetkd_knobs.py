@@ -69,6 +69,17 @@ def test_weighted_levels_of_the_teacher_equal_a_loop(tmp_path):
         assert torch.allclose(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("exponent, temperature", [(-9.0, 0.01), (9.0, 100.0)])
+def test_a_temperature_that_left_its_range_comes_back(tmp_path, exponent, temperature):
+    model = model_of(tmp_path, "RetinaNet", CKD_OFF)
+    sgfi = model.distillers["GDetKD"].imitation
+    with torch.no_grad():
+        sgfi.log_temperature.fill_(exponent)
+    distilled(step(model, batch()))["sgfi"].backward()
+    assert sgfi.temperature.item() == pytest.approx(temperature, rel=1e-5)
+    assert sgfi.log_temperature.grad != 0
+
+
 def test_one_level_of_the_teacher_is_the_target_itself(tmp_path):
     model = model_of(tmp_path, "RetinaNet", [*CKD_OFF, *TEACHER_LEVELS])
     student, teacher, _ = views_of(model, batch([(64, 96)]))
