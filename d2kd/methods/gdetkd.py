@@ -182,12 +182,13 @@ class GDetKD(Distiller):
     def regions(self, student, teacher, targets) -> Regions:
         """The boxes of this step, without gradient."""
         proposals = self.source.sample(student, teacher, targets)
+        boxes = [p.proposal_boxes for p in proposals]
         if self.foreground_only:
-            proposals = [p[p.gt_classes < self.num_classes] for p in proposals]
+            kept = [p.gt_classes < self.num_classes for p in proposals]
+            boxes = student.select(boxes, kept)
+            proposals = [p[k] for p, k in zip(proposals, kept)]
         anchors = [p.anchors for p in proposals] if proposals[0].has("anchors") else None
-        return Regions(
-            [p.proposal_boxes for p in proposals], [p.gt_classes for p in proposals], anchors
-        )
+        return Regions(boxes, [p.gt_classes for p in proposals], anchors)
 
     def imitate(self, student, teacher, boxes: List[Boxes], objects: List[Boxes]) -> Tensor:
         """The "sgfi" term on regions, a scalar."""

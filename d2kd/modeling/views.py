@@ -99,6 +99,21 @@ class View:
                 self._rois[key] = boxes, self.family.box_head.run(features, boxes, stage)
         return self._rois[key][1]
 
+    def select(self, boxes: List[Boxes], kept: List[Tensor]) -> List[Boxes]:
+        """Some of the boxes. Where the box head has seen all, :meth:`rois` of some does not run it.
+
+        Args:
+            boxes: per image.
+            kept: per image, a bool for every box.
+        """
+        some = [b[k] for b, k in zip(boxes, kept)]
+        key = _rois_key(boxes, 0)
+        if "rois" in self.family.offers and key in self._rois:
+            rows = torch.cat(kept)
+            rois = RoIs(*[x if x is None else x[rows] for x in self._rois[key][1]])
+            self._rois[_rois_key(some, 0)] = some, rois
+        return some
+
     @cached_property
     def _rois(self) -> Dict[Tuple, Tuple[List[Boxes], RoIs]]:
         # The boxes are kept so that their ids stay theirs.

@@ -112,6 +112,21 @@ def test_observing_changes_nothing(name):
 
 
 @every_detector
+def test_no_second_pass_for_some_of_the_boxes_that_were_seen(name):
+    student = two_stage(name)
+    _, view = student_view(student, inputs_with_masks_and_keypoints())
+    calls = calls_of({"pooler": student.roi_heads.box_pooler})
+    boxes = boxes_of(view.proposals)
+    labels = [p.gt_classes for p in view.proposals]
+    some = view.select(boxes, [x < 6 for x in labels])
+    rois, foreground = view.rois(some), torch.cat(labels) < 6
+    assert not calls and 0 < len(rois.logits) < len(foreground)
+    for part, everything in zip(rois, view.rois(boxes)):
+        assert torch.equal(part, everything[foreground])
+    assert torch.equal(Boxes.cat(some).tensor, Boxes.cat(boxes).tensor[foreground])
+
+
+@every_detector
 def test_no_second_pass_for_boxes_that_were_seen(name):
     student = two_stage(name)
     _, view = student_view(student, inputs_with_masks_and_keypoints())
