@@ -34,13 +34,15 @@ def test_table_of_a_recipe(monkeypatch, capsys):
     import benchmark
 
     argv = ["benchmark.py", "shapes/crosskd_fcos_tiny.yaml", "--size", "64", "--rounds", "1"]
+    argv += ["--ops", "3"]
     monkeypatch.setattr(sys, "argv", [*argv, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     benchmark.main()
     lines = capsys.readouterr().out.splitlines()
     plain, distilled = (next(x for x in lines if x.startswith(f"| {k}:")) for k in "ac")
     plain, distilled = (float(x.split("|")[3]) for x in (plain, distilled))
-    ratio = float(lines[-1].split("memory c/a ")[1])
+    ratio = float(next(x for x in lines if x.startswith("memory")).split("c/a ")[1])
     assert 0 < plain <= distilled and ratio == pytest.approx(distilled / plain, rel=0.5)
+    assert all("::" in x or "Backward" in x or "_" in x for x in lines[-3:])
 
 
 def test_nothing_to_compare_is_one_line(monkeypatch, capsys):

@@ -7,7 +7,8 @@ side by side in one process, with random weights and images.
 Prints c/a and c/(a+b), where a is the plain step, b the teacher's forward as far as the methods
 need it, c the distillation step; medians over rounds in which the three alternate. And the memory
 of tensors that a and c add, at their peak, to the model and the state of the optimizer. On Linux
-the process keeps the memory that it frees, as a GPU's allocator does.
+the process keeps the memory that it frees, as a GPU's allocator does. With --ops, also in which of
+torch's operations c spends its additional time.
 """
 
 import argparse
@@ -159,10 +160,31 @@ def peak_memory(step: Callable[[], None], device: str) -> float:
     return max(itertools.accumulate(sizes), default=0) / 2**20
 
 
+def operations(step: Callable[[], None], device: str) -> Dict[str, float]:
+    """Milliseconds that a step spends in each of torch's operations, those that it calls not
+    counted."""
+    with torch.autograd.profiler.profile(use_device="cuda" if "cuda" in device else None) as prof:
+        step()
+    kind = "self_device_time_total" if "cuda" in device else "self_cpu_time_total"
+    return {event.key: getattr(event, kind) / 1e3 for event in prof.key_averages()}
+
+
+def additional(steps: Dict[str, Callable[[], None]], device: str, rounds: int) -> Dict[str, float]:
+    """Milliseconds per operation that c takes beyond a and b, medians over rounds."""
+    found: Dict[str, List[float]] = {}
+    for _ in range(rounds):
+        a, b, c = (operations(steps[name], device) for name in "abc")
+        for key in c:
+            found.setdefault(key, []).append(c[key] - a.get(key, 0.0) - b.get(key, 0.0))
+    medians = {key: statistics.median(values) for key, values in found.items()}
+    return dict(sorted(medians.items(), key=lambda item: -item[1]))
+
+
 def measure(
     cfg: CfgNode, args: argparse.Namespace
-) -> Tuple[Dict[str, List[float]], Dict[str, float]]:
-    """Seconds of every round by part; peak memory in MiB of the parts that train."""
+) -> Tuple[Dict[str, List[float]], Dict[str, float], Dict[str, float]]:
+    """Seconds of every round by part; peak memory in MiB of the parts that train; if asked for,
+    :func:`additional` milliseconds by operation."""
     keep_freed_memory()
     torch.manual_seed(0)
     with EventStorage(cfg.SOLVER.MAX_ITER // 2):
@@ -175,7 +197,8 @@ def measure(
             for name in order:
                 seconds[name].append(timed(steps[name]))
         memory = {name: peak_memory(steps[name], cfg.MODEL.DEVICE) for name in "ac"}
-    return seconds, memory
+        ops = additional(steps, cfg.MODEL.DEVICE, args.rounds) if args.ops else {}
+    return seconds, memory, ops
 
 
 def main() -> None:
@@ -185,11 +208,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--boxes", type=int, default=7, help="objects per image")
     parser.add_argument("--rounds", type=int, default=9, help="timings of each part")
+    parser.add_argument("--ops", type=int, default=0, help="show so many operations")
     parser.add_argument("opts", nargs="*", help="KEY VALUE ...")
     args = parser.parse_intermixed_args()
     try:
         cfg = read_config(args.config, args.opts)
-        seconds, memory = measure(cfg, args)
+        seconds, memory, ops = measure(cfg, args)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
 
@@ -205,6 +229,11 @@ def main() -> None:
     print(f"c/a     {statistics.median(z / x for x, z in zip(a, c)):.3f}")
     print(f"c/(a+b) {statistics.median(z / (x + y) for x, y, z in zip(a, b, c)):.3f}")
     print(f"memory c/a {memory['c'] / memory['a']:.3f}")
+    if ops:
+        rows = [[name, f"{ms:.1f}"] for name, ms in [*ops.items()][: args.ops]]
+        print(
+            "\n" + tabulate(rows, ["operation", "ms in c - a - b"], "github", disable_numparse=True)
+        )
 
 
 if __name__ == "__main__":
