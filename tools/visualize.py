@@ -168,7 +168,7 @@ def _plot(attention: Attention, axes) -> None:
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.set(title="GDetKD", xlabel="√area of a region, pixels", ylabel="mean attention")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _with_objects(cfg: CfgNode, image, instances):
