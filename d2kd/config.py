@@ -1,14 +1,130 @@
 """Every config key that d2kd adds to Detectron2's, and how config files are read."""
 
+import contextlib
 import os
 import re
-from typing import Sequence
+from typing import Dict, Iterator, Sequence, Set
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
+from detectron2.config.compat import guess_version
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from yaml import YAMLError
+from omegaconf import DictConfig
 
+from d2kd.data.described import num_classes_described, resolve_datasets
 from d2kd.errors import UserError, nearest
+from d2kd.layers.precision import PRECISIONS
+from d2kd.lazy import (
+    in_words_of,
+    is_python,
+    load_program,
+    refuse_incomplete,
+    set_num_classes,
+    target_of,
+    to_text,
+    values_of,
+)
+from d2kd.methods import DISTILLER_REGISTRY
+from d2kd.model_zoo import FINAL_WEIGHTS, resolve_config, run_folder
+from d2kd.modeling import add_dense_detector_config
+from d2kd.modeling.backbone import use_p7_without_relu
+from d2kd.modeling.backbone.timm import use_timm_pixels
+from d2kd.modeling.config import MODEL_KEYS, NODES
+from d2kd.safe_yaml import read_yaml
+from d2kd.schema import Key, check_finite, check_node, config_node
+
+DISTILL_KEYS = {
+    "METHODS": Key([], "The methods to train with, by name; none = the plain student", item=str),
+    "TEACHER": {
+        "CONFIG": Key(
+            "", "The teacher's config: a file, a recipe of d2kd, or a name in Detectron2's zoo"
+        ),
+        "WEIGHTS": Key(
+            "",
+            "Its weights: a file, a URL, a detectron2:// or d2kd:// name; empty = the model zoo's "
+            "for CONFIG, else what training CONFIG left, beside it or in output/, else its "
+            "MODEL.WEIGHTS, else what d2kd ships",
+        ),
+        "OPTS": Key([], "Changes to the teacher's config: KEY VALUE KEY VALUE ...", item=object),
+        "PRECISION": Key(
+            "",
+            "float32, float16 or bfloat16; empty = as the student runs",
+            choices=("", *PRECISIONS),
+        ),
+        "FOLD_NORMS": Key(
+            True, "Merge norms with fixed statistics into the convolutions before them"
+        ),
+        "CHANNELS_LAST": Key(True, "Keep weights and maps in the order N, H, W, C"),
+        "COMPILE": Key(
+            False, "Run backbone and dense head through torch.compile; needs a C++ compiler"
+        ),
+    },
+}
+
+SOLVER_KEYS = {
+    "OPTIMIZER": Key(
+        "SGD",
+        "The optimizer: SGD (Detectron2's own builder) or AdamW",
+        choices=("SGD", "AdamW"),
+    ),
+    "CHANNELS_LAST": Key(
+        False, "Keep the student's weights and maps in the order N, H, W, C while it trains"
+    ),
+    "ACCUMULATION_STEPS": Key(
+        1,
+        "Batches of SOLVER.IMS_PER_BATCH images in one step of the optimizer, with the mean of "
+        "their gradients; iterations are steps of the optimizer",
+        low=1,
+    ),
+    "EMA_DECAY": Key(
+        0.0,
+        "Above 0, an exponential moving average of the student is kept: after every step "
+        "average = decay · average + (1 - decay) · student; it becomes model_ema.pth",
+        low=0.0,
+        below=1.0,
+    ),
+}
+
+DATASETS_KEYS = {
+    "DESCRIBED": Key(
+        [],
+        "Written by d2kd: the data sets that DATASETS.TRAIN and .TEST describe by their files",
+        item=object,
+    ),
+}
+
+# How a run is carried out; nothing here changes what it comes to
+RUN_KEYS = {
+    "TIMEOUT": Key(
+        1800, "Seconds that the processes of a run wait for one that does not answer", low=1
+    ),
+    "SKIP_BAD_IMAGES": Key(
+        0, "How many files a run may skip that are no image; more of them end it", low=0
+    ),
+    "KEEP_CHECKPOINTS": Key(
+        0, "How many of the numbered checkpoints stay, the newest ones; 0 = all", low=0
+    ),
+    "BEST_METRIC": Key(
+        "bbox/AP",
+        "The student with the highest value of this metric is kept as model_best.pth, where the "
+        "run is evaluated every TEST.EVAL_PERIOD iterations; empty = none is",
+    ),
+}
+
+# Keys of 0.1.0 below DISTILL that have another name: the new name, and what else changed
+_RENAMED = {
+    "CROSSKD.TAP": ("CROSSKD.DEPTH", ""),
+    "HGD.TAP": ("HGD.PRE_ACTIVATION", "'pre_relu' is True, 'post_relu' is False"),
+    "HGD.BETA_S": ("HGD.SPATIAL_POWER", ""),
+    "HGD.BETA_C": ("HGD.CHANNEL_POWER", ""),
+    "HGD.GAP_GAMMA": ("HGD.GAP_POWER", ""),
+    "HGD.FG_KAPPA": ("HGD.FOREGROUND", ""),
+    "HGD.W_MAX": ("HGD.MAX_WEIGHT", ""),
+    "HGD.ETA": ("HGD.MACRO_POWER", ""),
+    "DEFEAT.SAMPLING": ("DEFEAT.PROPOSALS_FROM", ""),
+    "DEFEAT.ASSIGN": ("DEFEAT.NECK_ASSIGN", "and DISTILL.DEFEAT.STAGE_ASSIGN"),
+    "GDETKD.ROIS": ("GDETKD.PROPOSALS_FROM", ""),
+    "GDETKD.PRE_RELU": ("GDETKD.PRE_ACTIVATION", ""),
+}
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -17,65 +133,204 @@ def add_distill_config(cfg: CfgNode) -> None:
     ``MODEL`` describes the student, as in any Detectron2 config; ``DISTILL`` what teaches it.
     Each method's own node, ``DISTILL.<METHOD>``, is described in its file in ``d2kd/methods``.
     """
-    from d2kd.methods import DISTILLER_REGISTRY
-    from d2kd.modeling.meta_arch.config import add_dense_detector_config
-
     add_dense_detector_config(cfg)
-    # The optimizer: SGD (Detectron2's own builder) or AdamW
-    cfg.SOLVER.OPTIMIZER = "SGD"
-
-    cfg.DISTILL = CfgNode()
-    # The methods to train with, by name; none = the plain student
-    cfg.DISTILL.METHODS = []
-    cfg.DISTILL.TEACHER = CfgNode()
-    # The teacher's config: a file, a recipe of d2kd, or a name in Detectron2's model zoo
-    cfg.DISTILL.TEACHER.CONFIG = ""
-    # Its weights: a file, a URL, a detectron2:// or d2kd:// name; empty = the model zoo's for
-    # CONFIG, else MODEL.WEIGHTS of CONFIG
-    cfg.DISTILL.TEACHER.WEIGHTS = ""
-    # Changes to the teacher's config: KEY VALUE KEY VALUE ...
-    cfg.DISTILL.TEACHER.OPTS = []
-    # float32, float16 or bfloat16; empty = as the student runs
-    cfg.DISTILL.TEACHER.PRECISION = ""
-    for name, method in DISTILLER_REGISTRY:
+    cfg.SOLVER.update(config_node(SOLVER_KEYS))
+    cfg.DATASETS.update(config_node(DATASETS_KEYS))
+    cfg.RUN = config_node(RUN_KEYS)
+    cfg.DISTILL = config_node(DISTILL_KEYS)
+    for name, method in _methods().items():
         cfg.DISTILL[name.upper()] = method.default_config()
+    for old, (new, also) in _RENAMED.items():
+        cfg.register_renamed_key(f"DISTILL.{old}", f"DISTILL.{new}", also or None)
+
+
+def _methods() -> Dict[str, type]:
+    return dict(DISTILLER_REGISTRY)
+
+
+def check_config(cfg: CfgNode) -> None:
+    """
+    Args:
+        cfg: with the keys of :func:`add_distill_config`.
+
+    Raises:
+        UserError: if a value of d2kd's keys is of the wrong type or out of its range, or any value
+            of the whole config is missing, NaN or infinite.
+    """
+    defaults = get_cfg()
+    add_distill_config(defaults)
+    check_finite(cfg, defaults)
+    check_node(cfg.MODEL, MODEL_KEYS, "MODEL")
+    if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
+        raise UserError(
+            f"MODEL.PIXEL_STD has {len(cfg.MODEL.PIXEL_STD)} numbers and MODEL.PIXEL_MEAN "
+            f"{len(cfg.MODEL.PIXEL_MEAN)}: give one per colour channel in both"
+        )
+    check_node(cfg.SOLVER, SOLVER_KEYS, "SOLVER")
+    check_node(cfg.RUN, RUN_KEYS, "RUN")
+    check_node(cfg.DISTILL, DISTILL_KEYS, "DISTILL")
+    for name, method in _methods().items():
+        method.check_config(cfg.DISTILL[name.upper()])
+
+
+def read_config(name: str, opts: Sequence = (), opts_key: str = "command line") -> CfgNode:
+    """A config with overrides, as ``d2kd train`` reads it.
+
+    Args:
+        name: a path, or the name of a recipe, or of a config in Detectron2's model zoo. A file that
+            ends in ``.py`` is run.
+        opts: KEY VALUE KEY VALUE ..., for a Python config ``path.key=value`` ...
+        opts_key: where ``opts`` come from, for messages.
+
+    Raises:
+        UserError: if there is no such file; see also :func:`load_yaml` and :func:`load_lazy`.
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    path = resolve_config(name, "--config-file")
+    load = load_lazy if is_python(path) else load_yaml
+    load(cfg, path, opts, opts_key)
+    return cfg
+
+
+def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "command line") -> None:
+    """Reads a Python config (LazyConfig) and overrides, and checks what YAML has as well.
+
+    Args:
+        cfg: of defaults, with d2kd's keys; changed in place. What builds model, data, optimizer
+            and schedule comes to stand under ``LAZY``, see :mod:`d2kd.lazy`.
+        path: the file. It is a program, and is run.
+        opts: ``path.key=value`` ...
+        opts_key: where ``opts`` come from, for messages.
+
+    Raises:
+        UserError: if the program fails or lacks something, or for what :func:`load_yaml` refuses.
+    """
+    program = load_program(path, opts, opts_key)
+    refuse_incomplete(program, path)
+    with in_words_of(lazy=True):
+        cfg.MODEL.META_ARCHITECTURE = _class_name(program.model, path)
+        for name, method in _methods().items():
+            method.use_defaults_of(cfg.DISTILL[name.upper()], cfg.MODEL.META_ARCHITECTURE)
+        with _in_one_line(cfg, f"{path} and {opts_key}" if opts else path):
+            cfg.merge_from_other_cfg(CfgNode(values_of(program)))
+        check_config(cfg)
+        resolve_datasets(cfg)
+        if num_classes_described(cfg):
+            set_num_classes(program.model, num_classes_described(cfg))
+        _set_output_dir(cfg, path)
+        cfg.LAZY = to_text(program)
+
+
+def _class_name(model: DictConfig, path: str) -> str:
+    try:
+        return target_of(model).__name__
+    except (AttributeError, ImportError) as error:
+        raise UserError(
+            f"{path}: its 'model' is no call of a class: give L(...)(...) of a detector"
+        ) from error
 
 
 def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "command line") -> None:
-    """Merges a YAML file (with its ``_BASE_``) and overrides into a config. A timm backbone brings
-    its mean, std and channel order.
+    """Merges a YAML file (with its ``_BASE_``) and overrides into a config, and checks all values.
+
+    Methods whose values differ by kind of student default to those of this one, the student has as
+    many classes as a training set that is described by its files, a timm backbone brings its mean,
+    std and channel order, and ``OUTPUT_DIR`` follows the file's place unless it is given.
 
     Args:
-        cfg: changed in place.
+        cfg: changed in place; gets d2kd's keys if it lacks them.
         path: the file.
         opts: KEY VALUE KEY VALUE ...
         opts_key: where ``opts`` come from, for messages.
 
     Raises:
-        UserError: for a key that does not exist, a value of the wrong type, or a broken file.
+        UserError: for a key that does not exist or was renamed, a value of the wrong type or out
+            of its range, or a broken file.
     """
-    from d2kd.modeling.backbone.timm import use_timm_pixels
-
+    pythonic = [word for word in opts[::2] if "=" in str(word)]
+    if pythonic:
+        raise UserError(
+            f"{opts_key}: '{pythonic[0]}' changes a Python config, but {path} is YAML: give KEY "
+            "VALUE, such as SOLVER.MAX_ITER 1000"
+        )
     if len(opts) % 2:
         raise UserError(f"{opts_key}: give pairs of KEY VALUE, not {len(opts)} words: {list(opts)}")
-    for source, merge in ((path, cfg.merge_from_file), (opts_key, cfg.merge_from_list)):
-        try:
-            merge(path if source == path else list(opts))
-        except (KeyError, AssertionError) as e:
-            raise UserError(f"{source}: {_unknown_key(cfg, str(e))}") from e
-        except (ValueError, YAMLError, OSError) as e:
-            raise UserError(f"{source}: {' '.join(str(e).split())}") from e
+    if "DISTILL" not in cfg:
+        add_distill_config(cfg)
+    # Which architecture it is decides about defaults, which the file and the overrides come before.
+    draft = cfg.clone()
+    _merge(draft, path, opts, opts_key)
+    for name, method in _methods().items():
+        method.use_defaults_of(cfg.DISTILL[name.upper()], draft.MODEL.META_ARCHITECTURE)
+    _merge(cfg, path, opts, opts_key)
+    check_config(cfg)
+    resolve_datasets(cfg)
+    _set_num_classes(cfg, num_classes_described(cfg))
     use_timm_pixels(cfg)
+    use_p7_without_relu(cfg)
+    _set_output_dir(cfg, path)
 
 
-def _unknown_key(cfg: CfgNode, message: str) -> str:
-    match = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
-    if match is None:
-        return " ".join(message.split())
-    return f"no config key {match[1]}: {nearest(match[1], _keys(cfg))}"
+def _set_output_dir(cfg: CfgNode, path: str) -> None:
+    if cfg.OUTPUT_DIR == get_cfg().OUTPUT_DIR:
+        cfg.OUTPUT_DIR = run_folder(path)
 
 
-def _keys(node: CfgNode, prefix: str = ""):
+def _set_num_classes(cfg: CfgNode, number: int) -> None:
+    """In every head, so that whichever one the student has follows its data."""
+    if number:
+        for name, node in cfg.MODEL.items():
+            if isinstance(node, CfgNode) and "NUM_CLASSES" in node and name != "SEM_SEG_HEAD":
+                node.NUM_CLASSES = number
+
+
+def _merge(cfg: CfgNode, path: str, opts: Sequence, opts_key: str) -> None:
+    with _in_one_line(cfg, path):
+        _merge_file(cfg, path)
+    with _in_one_line(cfg, opts_key):
+        cfg.merge_from_list(list(opts))
+
+
+@contextlib.contextmanager
+def _in_one_line(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Turns what yacs says of a source that is merged into a :class:`UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, AssertionError) as e:
+        raise UserError(f"{source}: {_wrong_key(cfg, str(e))}") from e
+    except (ValueError, TypeError, AttributeError, OSError) as e:
+        raise UserError(f"{source}: {' '.join(str(e).split())}") from e
+
+
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    """As ``cfg.merge_from_file`` does, but nothing in the file is run."""
+    loaded = CfgNode(read_yaml(path))
+    version = loaded.get("VERSION") or guess_version(loaded, path)
+    if version == cfg.VERSION:
+        cfg.merge_from_other_cfg(loaded)
+        return
+    old = downgrade_config(cfg, to_version=version)
+    old.merge_from_other_cfg(loaded)
+    cfg.update(upgrade_config(old))
+
+
+def _wrong_key(cfg: CfgNode, message: str) -> str:
+    renamed = re.search(
+        r"Key (\S+) was renamed to (\S+?);.*?(?:Note: (.*?))?['\"]?$", message, re.S
+    )
+    if renamed:
+        also = f" ({' '.join(renamed[3].split())})" if renamed[3] else ""
+        return f"{renamed[1]} is now called {renamed[2]}{also}"
+    unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
+    if unknown:
+        return f"no config key {unknown[1]}: {nearest(unknown[1], _keys(cfg))}"
+    return " ".join(message.split())
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
         yield prefix + key
         if isinstance(value, CfgNode):
@@ -91,6 +346,14 @@ def needs_d2kd(cfg: CfgNode) -> bool:
     return any(part.__module__.startswith("d2kd.") for part in parts)
 
 
+def _nodes_read(cfg: CfgNode) -> Set[str]:
+    """Which of d2kd's nodes of MODEL the student's architecture and backbone read."""
+    architecture = cfg.MODEL.META_ARCHITECTURE.replace("PaperFCOS", "FCOS")
+    backbone = cfg.MODEL.BACKBONE.NAME
+    parts = {"TIMM": "build_timm_", "BASIC_RESNET": "build_basic_resnet_"}
+    return {architecture} | {node for node, name in parts.items() if backbone.startswith(name)}
+
+
 def student_config(cfg: CfgNode) -> CfgNode:
     """The student's own config: what differs from the defaults, without d2kd's keys.
 
@@ -103,14 +366,14 @@ def student_config(cfg: CfgNode) -> CfgNode:
     cfg, defaults = cfg.clone(), get_cfg()
     add_distill_config(defaults)
     cfg.defrost()
-    if not needs_d2kd(cfg):
-        for name in set(cfg.MODEL) - set(get_cfg().MODEL):
-            del cfg.MODEL[name]
-    else:
-        cfg.MODEL.TIMM.PRETRAINED = False  # the run's own weights fill everything
-    cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    del cfg["DISTILL"]
-    del cfg.SOLVER["OPTIMIZER"]
+    cfg.MODEL.TIMM.PRETRAINED = False  # the run's own weights fill everything
+    for name in set(NODES) - _nodes_read(cfg):
+        del cfg.MODEL[name]
+    del cfg.MODEL.FPN["RELU_BEFORE_P7"]  # the backbone's name tells
+    cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, FINAL_WEIGHTS)
+    del cfg["DISTILL"], cfg["RUN"], cfg.DATASETS["DESCRIBED"]
+    for key in SOLVER_KEYS:
+        del cfg.SOLVER[key]
     student = _difference(cfg, defaults)
     student.VERSION = cfg.VERSION
     return student
@@ -120,9 +383,9 @@ def _difference(cfg: CfgNode, defaults: CfgNode) -> CfgNode:
     changed = CfgNode()
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            value = _difference(value, defaults[key])
+            value = _difference(value, defaults.get(key, CfgNode()))
             if value:
                 changed[key] = value
-        elif value != defaults[key]:
+        elif value != defaults.get(key):
             changed[key] = value
     return changed

@@ -1,6 +1,7 @@
 """The one exception that d2kd raises for what a user can fix."""
 
 import difflib
+import re
 from typing import Iterable
 
 
@@ -10,6 +11,10 @@ class UserError(ValueError):
     The message is one line that names the key or file, what was found, what was expected and
     what to do. ``train_net.py`` prints it without a traceback (``--debug`` shows the traceback).
     """
+
+
+# Names that a message lists at most
+MOST_NAMES = 20
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -25,4 +30,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     by_lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f"did you mean '{by_lower[close[0]]}'?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean '{by_lower[close[0]]}'?"
+    shown = ", ".join(known[:MOST_NAMES])
+    return f"known: {shown}" + (f" and {len(known) - MOST_NAMES} more" * (len(known) > MOST_NAMES))
+
+
+def reason(error: BaseException) -> str:
+    """What somebody else's exception says, in one line for people."""
+    # What one of Detectron2's registries says of a name in a config that it does not know
+    unknown = re.search(r"No object named '(.+)' found in '(.+)' registry", str(error))
+    if unknown:
+        return f"the config names '{unknown[1]}', unknown in the {unknown[2]} registry"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

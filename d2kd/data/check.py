@@ -1,21 +1,29 @@
 """Load the training set once, and turn the usual troubles with data into one-line errors."""
 
-import json
 import logging
 import os
-from typing import Iterable, List, Optional
+from typing import Callable, Collection, Iterable, List, Optional, Sequence
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from d2kd.data.annotations import EMPTY_SIDE
+from d2kd.data.classes import class_names_of
+from d2kd.data.sets import (
+    LOADING_ERRORS,
+    data_root,
+    findings_in_dicts,
+    findings_in_file,
+    has_annotation_file,
+    quick_look,
+    refuse_errors,
+    why_not_loaded,
+)
 from d2kd.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
-
-EMPTY_SIDE = 1e-5  # pixels; Detectron2 drops boxes whose width or height is not above it
-MAX_ERROR_LENGTH = 200  # characters of somebody else's message that are passed on
 
 
 def check_dataset_names(cfg) -> None:
@@ -33,8 +41,12 @@ def check_dataset_names(cfg) -> None:
                 raise UserError(f"DATASETS.{key}: there is no data set '{name}'; {known}")
 
 
-def load_training_dicts(cfg) -> List[dict]:
+def load_training_dicts(cfg, load: Optional[Callable[[], List[dict]]] = None) -> List[dict]:
     """Load the sets of DATASETS.TRAIN as Detectron2's training loader does, and check them.
+
+    Args:
+        cfg: of a run.
+        load: does it in another way.
 
     Returns:
         dicts in Detectron2's format, filtered as the config says.
@@ -44,27 +56,114 @@ def load_training_dicts(cfg) -> List[dict]:
     """
     check_dataset_names(cfg)
     names = cfg.DATASETS.TRAIN
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     try:
-        dicts = get_detection_dataset_dicts(
-            names,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        dicts = load() if load else _load_filtered(cfg)
     except UserError:
         raise
-    except (OSError, AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"DATASETS.TRAIN: {_explain(error, names)}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"DATASETS.TRAIN: {why_not_loaded(error, names)}") from error
     if not isinstance(dicts, list):
         raise UserError(
             f"DATASETS.TRAIN: {', '.join(names)} gives a {type(dicts).__name__}, expected a list "
             "of dicts in Detectron2's format: register a function that returns one"
         )
     _check_annotated(dicts, names)
+    _check_inside(dicts, names, "DATASETS.TRAIN")
     _check_image_folders(dicts)
+    _check_quickly(dicts, names, "DATASETS.TRAIN", cfg.RUN.SKIP_BAD_IMAGES if "RUN" in cfg else 0)
     _report_empty_boxes(dicts)
     return dicts
+
+
+def _load_filtered(cfg) -> List[dict]:
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+
+
+def _check_quickly(dicts: List[dict], names: Sequence[str], key: str, skipped: int = 0) -> None:
+    """
+    Args:
+        skipped: how many images may be bad.
+    """
+    if not all(map(has_annotation_file, names)):
+        refuse_errors(findings_in_dicts(dicts, names[0]), key)
+    bad = quick_look(dicts)
+    if len(bad) > skipped:
+        refuse_errors(bad, key)
+
+
+def check_annotation_files(cfg, training: bool = True) -> None:
+    """Looks into the files of the data sets of a config, before anything else reads them. What is
+    dubious is logged.
+
+    Args:
+        cfg: of a run.
+        training: look also into what is trained with, not only into what is evaluated.
+
+    Raises:
+        UserError: for what would end in a traceback later, or train wrongly in silence.
+    """
+    for key, names in (("TRAIN", cfg.DATASETS.TRAIN * training), ("TEST", cfg.DATASETS.TEST)):
+        for name in names:
+            if name in DatasetCatalog and has_annotation_file(name):
+                masks = key == "TRAIN" and cfg.MODEL.MASK_ON
+                findings = findings_in_file(name, key == "TEST", masks)
+                refuse_errors(findings, f"DATASETS.{key}")
+
+
+def check_evaluation(cfg, kinds: Optional[Collection[str]]) -> None:
+    """Reads the sets of DATASETS.TEST, so that a run does not find out at its end that it cannot
+    be evaluated.
+
+    Args:
+        cfg: of a run.
+        kinds: of evaluators that there are; None if the config brings its own.
+
+    Raises:
+        UserError: unknown names or evaluators, missing or corrupt files, other classes than those
+            that are trained.
+    """
+    check_dataset_names(cfg)
+    for name in cfg.DATASETS.TEST:
+        try:
+            dicts = DatasetCatalog.get(name)
+        except LOADING_ERRORS as error:
+            raise UserError(f"DATASETS.TEST: {why_not_loaded(error, [name])}") from error
+        kind = MetadataCatalog.get(name).get("evaluator_type", "none")
+        if kinds is not None and kind not in kinds:
+            raise UserError(
+                f"DATASETS.TEST names '{name}', whose evaluator_type is '{kind}': d2kd evaluates "
+                f"{', '.join(kinds)}"
+            )
+        if not dicts:
+            raise UserError(f"DATASETS.TEST: {name} holds no image")
+        if not any("annotations" in d for d in dicts):
+            logger.warning(f"{name} has no annotations: its evaluation saves detections only")
+        _check_inside(dicts, [name], "DATASETS.TEST")
+        _check_image_folders(dicts, "DATASETS.TEST")
+        _check_same_classes(cfg.DATASETS.TRAIN[0], name)
+        _check_quickly(dicts, [name], "DATASETS.TEST")
+
+
+def _check_same_classes(train: str, test: str) -> None:
+    """A class that one of two sets lacks would shift the numbers of all classes behind it."""
+    learned, tested = class_names_of([train]), class_names_of([test])
+    if not learned or not tested or learned == tested:
+        return
+    if len(learned) != len(tested):
+        difference = f"{len(tested)} classes, {train} has {len(learned)}"
+    else:
+        i = next(i for i, pair in enumerate(zip(learned, tested)) if pair[0] != pair[1])
+        difference = f"'{tested[i]}' as class {i}, {train} has '{learned[i]}'"
+    raise UserError(
+        f"DATASETS.TEST: {test} has {difference}: give both the same classes in the same order (in "
+        "COCO's format, the same 'categories')"
+    )
 
 
 def num_classes_of(dataset_names: Iterable[str]) -> Optional[int]:
@@ -79,27 +178,6 @@ def num_classes_of(dataset_names: Iterable[str]) -> Optional[int]:
     return None
 
 
-def _data_root() -> str:
-    root = os.getenv("DETECTRON2_DATASETS")
-    return f"DETECTRON2_DATASETS is {root}" if root else "DETECTRON2_DATASETS is unset: ./datasets"
-
-
-def _explain(error: Exception, names: Iterable[str]) -> str:
-    """One line on why the data sets could not be loaded: what, in which file, what to do."""
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"{error.filename} does not exist ({_data_root()}); see datasets/README.md"
-    files = [MetadataCatalog.get(name).get("json_file") for name in names]
-    where = ", ".join(file for file in files if file) or ", ".join(names)
-    if isinstance(error, json.JSONDecodeError):
-        return f"{where} is not valid JSON ({error}): was it copied completely?"
-    if str(error).startswith("No valid data found"):
-        return f"{where} holds no image with an annotation that is not a crowd"
-    if isinstance(error, KeyError) and "category_id" not in str(error):
-        return f"{where} lacks the key {error}: is it in COCO's instances format?"
-    said = " ".join(str(error.args[0] if error.args else error).split())[:MAX_ERROR_LENGTH]
-    return f"{where} cannot be used: {said or type(error).__name__}"
-
-
 def _check_annotated(dicts: List[dict], names: Iterable[str]) -> None:
     if not any(d.get("annotations") for d in dicts):
         raise UserError(
@@ -108,14 +186,28 @@ def _check_annotated(dicts: List[dict], names: Iterable[str]) -> None:
         )
 
 
-def _check_image_folders(dicts: List[dict]) -> None:
+def _check_inside(dicts: List[dict], names: Iterable[str], key: str) -> None:
+    """A name in an annotation file is somebody else's text: it must not lead out of the folder of
+    the images. Data sets that declare no such folder chose their paths themselves."""
+    roots = [MetadataCatalog.get(name).get("image_root") for name in names]
+    if not all(roots):
+        return
+    folders = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
+    for path in (d["file_name"] for d in dicts if "file_name" in d):
+        if not os.path.abspath(path).startswith(folders):
+            raise UserError(
+                f"{key}: image '{path}' is outside of the image folder {' or '.join(roots)}: "
+                "correct 'file_name' in the annotation file, or register the folder of all images"
+            )
+
+
+def _check_image_folders(dicts: List[dict], key: str = "DATASETS.TRAIN") -> None:
     """Look for one image per folder: enough to notice a wrong path, and quick on COCO."""
     samples = {os.path.dirname(d["file_name"]): d["file_name"] for d in dicts if "file_name" in d}
     for path in samples.values():
         if "://" not in path and not PathManager.isfile(path):
             raise UserError(
-                f"DATASETS.TRAIN: image {path} does not exist ({_data_root()}); "
-                "see datasets/README.md"
+                f"{key}: image {path} does not exist ({data_root()}); see datasets/README.md"
             )
 
 

@@ -8,8 +8,12 @@ Detectron2's own sampler, mapper, batching and aspect-ratio grouping stay in cha
 """
 
 import contextlib
+import logging
+import os
 import random
-from typing import Iterator, List, Tuple
+import signal
+import threading
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -17,11 +21,31 @@ from detectron2.config import configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from d2kd.data.bad_images import BAD_IMAGES, CannotRead, makes_white, mapped
 from d2kd.data.check import load_training_dicts
 from d2kd.data.stream import Sample, StreamFrom, delivery_order, replay
 from d2kd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def images_per_process(total_batch_size: int, count: int) -> int:
+    """
+    Args:
+        total_batch_size: images per iteration.
+        count: processes of the run.
+
+    Raises:
+        UserError: if the processes cannot share the batch equally.
+    """
+    if total_batch_size <= 0 or total_batch_size % count:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {total_batch_size}, expected a positive multiple of the "
+            f"number of processes, {count}"
+        )
+    return total_batch_size // count
 
 
 class ResumableLoader:
@@ -50,6 +74,7 @@ class ResumableLoader:
         aspect_ratio_grouping,
         num_workers,
         seed,
+        skip_bad_images=0,
     ):
         """
         Args:
@@ -60,20 +85,18 @@ class ResumableLoader:
             aspect_ratio_grouping: whether a batch holds only wide or only other images.
             num_workers: processes that load data; 0 loads in this one.
             seed: of the augmentations; negative leaves all random states alone.
+            skip_bad_images: how many files may be no image; the next one of their orientation is
+                taken in their place.
 
         Raises:
             UserError: the batch cannot be shared equally by the ranks.
         """
-        world_size = comm.get_world_size()
-        if total_batch_size <= 0 or total_batch_size % world_size:
-            raise UserError(
-                f"SOLVER.IMS_PER_BATCH is {total_batch_size}, expected a positive multiple of the "
-                f"number of processes, {world_size}"
-            )
         self.start_iter = 0
-        self.batch_size = total_batch_size // world_size
+        self.batch_size = images_per_process(total_batch_size, comm.get_world_size())
         self.sampler = sampler
-        self.dataset = _SeededDataset(dataset, mapper, seed)
+        self.dataset = _SeededDataset(dataset, mapper, seed, skip_bad_images > 0)
+        self._skip_bad_images = skip_bad_images
+        self._bad_images: Dict[str, str] = {}
         self._wide = [d["width"] > d["height"] for d in dataset] if aspect_ratio_grouping else None
         self._order = delivery_order(num_workers, self.batch_size, aspect_ratio_grouping)
         self._options = {
@@ -87,7 +110,8 @@ class ResumableLoader:
         """Load DATASETS.TRAIN, unless dicts are given; Detectron2 chooses sampler and mapper."""
         dataset = load_training_dicts(cfg) if dataset is None else dataset
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
-        return {**parts, "seed": cfg.SEED}
+        skip = cfg.RUN.SKIP_BAD_IMAGES if "RUN" in cfg else 0
+        return {**parts, "seed": cfg.SEED, "skip_bad_images": skip}
 
     def __iter__(self) -> Iterator[List[dict]]:
         delivered, waiting = replay(
@@ -103,22 +127,48 @@ class ResumableLoader:
         # have been through this already, so only a fresh start may keep the change.
         with torch.random.fork_rng(devices=[], enabled=self.start_iter > 0):
             first = next(batches)
-        yield first
-        yield from batches
+        yield self._checked(first)
+        yield from map(self._checked, batches)
+
+    def _checked(self, batch: List[dict]) -> List[dict]:
+        """
+        Raises:
+            UserError: if it needed more files that are no image than the run may skip.
+        """
+        for sample in batch:
+            for path, problem in sample.pop(BAD_IMAGES, ()):
+                if path not in self._bad_images:
+                    self._bad_images[path] = problem
+                    self._count_bad_image(path, problem)
+        return batch
+
+    def _count_bad_image(self, path: str, problem: str) -> None:
+        count, limit = len(self._bad_images), self._skip_bad_images
+        if count > limit:
+            skipped = f", after {limit} others" if limit else ""
+            raise UserError(
+                f"image {path} cannot be read ({problem}){skipped}: repair it, or set "
+                f"RUN.SKIP_BAD_IMAGES to the number of files that may be skipped (it is {limit})"
+            )
+        logger.warning(f"Skipped image {path} ({problem}): {count} of at most {limit}")
 
 
 class _SeededDataset(Dataset):
     """Maps samples, each under random states that are a function of (seed, rank, position)."""
 
-    def __init__(self, dicts: List[dict], mapper, seed: int):
+    def __init__(self, dicts: List[dict], mapper, seed: int, skip: bool):
         self.dicts = DatasetFromList(dicts, copy=False)  # serialised: workers share the memory
-        self.mapper = PicklableWrapper(mapper)
-        self.seed, self.rank = seed, comm.get_rank()
+        self.mapper, self.refuse_deep = PicklableWrapper(mapper), makes_white(mapper)
+        self.seed, self.rank, self.skip = seed, comm.get_rank(), skip
+        self._in_worker = False
 
     def __len__(self) -> int:
         return len(self.dicts)
 
     def __getitem__(self, sample: Sample):
+        if not self._in_worker and get_worker_info() is not None:
+            _leave_signals_to_trainer()
+            self._in_worker = True
         position, index = sample
         if self.seed < 0:
             return self._map(index)
@@ -126,23 +176,65 @@ class _SeededDataset(Dataset):
             return self._map(index)
 
     def _map(self, index: int):
-        mapped = self.mapper(self.dicts[index])
-        while mapped is None:
-            mapped = self.mapper(self.dicts[random.randrange(len(self))])
-        return mapped
+        bad: List[Tuple[str, str]] = []
+        sample = None
+        while sample is None:
+            entry = self.dicts[index]
+            try:
+                sample = mapped(entry, self.mapper, self.refuse_deep)
+                index = random.randrange(len(self)) if sample is None else index
+            except CannotRead as error:
+                bad.append((entry["file_name"], error.problem))
+                if not self.skip or len(bad) == len(self):
+                    sample = {k: entry[k] for k in ("file_name", "width", "height")}
+                index = self._next_alike(index, entry)
+        return {**sample, BAD_IMAGES: bad} if bad else sample
+
+    def _next_alike(self, index: int, entry: dict) -> int:
+        """The next image of the same orientation: a batch holds only one when they are grouped."""
+        wide = entry["width"] > entry["height"]
+        following = ((index + i) % len(self) for i in range(1, len(self) + 1))
+        dicts = ((i, self.dicts[i]) for i in following)
+        return next(i for i, d in dicts if (d["width"] > d["height"]) == wide)
+
+
+def _leave_signals_to_trainer() -> None:
+    """A worker goes on until the process that trains has done its last step, whoever else sends
+    signals to a whole group of processes. That process may end it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextlib.contextmanager
-def _random_states(entropy: Tuple[int, ...]):
-    """Seed Python's, NumPy's and torch's CPU generators; give their states back at the end."""
-    seeds = [int(s) for s in np.random.SeedSequence(entropy).generate_state(3)]
+def random_states_kept(devices: Optional[List[int]] = None) -> Iterator[None]:
+    """Gives Python's, NumPy's and torch's generators their states back at the end.
+
+    Args:
+        devices: GPUs whose generators are meant too; all by default.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])
-        torch.default_generator.manual_seed(seeds[2])
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _random_states(entropy: Tuple[int, ...]) -> Iterator[None]:
+    """Seeds Python's, NumPy's and torch's CPU generators for a while."""
+    seeds = [int(s) for s in np.random.SeedSequence(entropy).generate_state(3)]
+    with random_states_kept(devices=[]):
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        torch.default_generator.manual_seed(seeds[2])
+        yield

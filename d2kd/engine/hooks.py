@@ -1,12 +1,24 @@
 """Hooks of the distillation trainer."""
 
 import logging
+import math
+import resource
+import sys
+from typing import List, Optional
 
+import torch
 from detectron2.engine import HookBase
+from torch import nn
 
-from d2kd.modeling import TeacherStudent
+from d2kd.checkpoint import BEST_WEIGHTS, Best, StudentCheckpointer, read_best
+from d2kd.distillation import TeacherStudent
+from d2kd.errors import nearest
+from d2kd.layers.timing import mean_seconds
 
 logger = logging.getLogger(__name__)
+
+# How the names of Detectron2's metrics of detection end
+_MEASURED = ("/AP", "/AP50", "/AP75")
 
 
 class ScheduleHook(HookBase):
@@ -43,3 +55,99 @@ class ScheduleHook(HookBase):
             if value is not None and value.dim() == 1 and schedule.active(iteration):
                 for level, number in enumerate(value.tolist()):
                     storage.put_scalar(f"{prefix}/level{level}", number)
+
+
+class BestHook(HookBase):
+    """Keeps the student of the best evaluation as ``model_best.pth``. Register it behind the
+    evaluation, on the main process.
+
+    What the best one was stands in its file, not in the state of the run: a run that was killed
+    goes on from an earlier checkpoint, and must not take a worse one for the best.
+    """
+
+    def __init__(self, checkpointer: StudentCheckpointer, metric: str):
+        """
+        Args:
+            checkpointer: of the run.
+            metric: the name of a scalar in the storage, the higher the better.
+        """
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._best: Optional[Best] = None
+        self._warned = False
+
+    def before_train(self) -> None:
+        best = read_best(self._checkpointer.save_dir)
+        if best is not None and best.metric != self._metric:
+            logger.warning(
+                f"The best student so far was chosen by {best.metric}, RUN.BEST_METRIC is "
+                f"{self._metric}: the next evaluation replaces it"
+            )
+            return
+        self._best = best
+
+    def after_step(self) -> None:
+        self._look()
+
+    def after_train(self) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        latest = self.trainer.storage.latest()
+        value, iteration = latest.get(self._metric, (math.nan, -1))
+        if iteration != self.trainer.iter:
+            self._warn_of_other_metrics(
+                [n for n, (_, i) in latest.items() if i == self.trainer.iter]
+            )
+            return
+        if math.isfinite(value) and (self._best is None or value > self._best.value):
+            best = Best(self._metric, value, iteration)
+            self._checkpointer.save_best(best)
+            self._best = best
+            logger.info(f"The best so far: {self._metric} {value:.2f}, kept as {BEST_WEIGHTS}")
+
+    def _warn_of_other_metrics(self, names: List[str]) -> None:
+        """Once, if an evaluation in this step measured something else."""
+        measured = [name for name in names if name.endswith(_MEASURED)]
+        if measured and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"RUN.BEST_METRIC is '{self._metric}', which evaluations do not measure, so that "
+                f"no best student is kept: {nearest(self._metric, measured)}"
+            )
+
+
+class CostHook(HookBase):
+    """Logs what a step costs: ``max_memory``, the most so far in MiB, of the GPU where one is used,
+    else of the process; and as ``teacher_time`` and ``distillation_time`` the seconds of a step
+    that go to the teacher and to the distillation losses, both without the backward pass."""
+
+    def __init__(self, model: nn.Module, batches: int = 1, period: int = 20):
+        """
+        Args:
+            model: the model in training.
+            batches: passes of the model in a step.
+            period: iterations between two logs.
+        """
+        self._model = model
+        self._batches = batches
+        self._period = period
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self._period:
+            return
+        storage = self.trainer.storage
+        storage.put_scalar("max_memory", max_memory(), smoothing_hint=False)
+        times = getattr(self._model, "step_times", None)  # a plain detector has none
+        for part, seconds in mean_seconds(times or ()).items():
+            storage.put_scalar(f"{part}_time", seconds * self._batches, smoothing_hint=False)
+        if times:
+            times.clear()
+
+
+def max_memory() -> float:
+    """The most memory that this process has used so far, in MiB: of the GPU if it uses one."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

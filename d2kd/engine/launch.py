@@ -1,117 +1,259 @@
-"""The command line: ``python train_net.py --config-file …`` and ``d2kd-train``."""
+"""Starting a run: checking it, its processes, and what one of them does."""
 
 import argparse
-import re
+import logging
+import os
 import sys
-from typing import List, Optional
+from functools import partial
+from typing import Callable, List, Optional
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessExitedException
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.checkpoint import (
+    load_trained_weights,
+    newest_checkpoint,
+    refuse_occupied,
+    write_student_program,
+    write_student_yaml,
+)
+from d2kd.config import read_config
+from d2kd.data.check import check_annotation_files
+from d2kd.data.classes import class_names_of
+from d2kd.data.described import register_described
+from d2kd.distillation import build_detector
 from d2kd.errors import UserError
-from d2kd.model_zoo import resolve_config
+from d2kd.layers.memory import keep_freed_memory
+from d2kd.lazy import config_text, in_words_of, is_lazy
+from d2kd.model_zoo import FINAL_WEIGHTS
+from d2kd.one_line import exit_status, in_one_line
 
-from .checkpoint import refuse_finished_run, write_student_yaml
+from .logs import set_up_logs
+from .preflight import refuse_processes, refuse_unusable, refuse_unwritable
+from .processes import (
+    Place,
+    hand_out,
+    handed_out,
+    is_first_to_tell,
+    join,
+    place_by_torchrun,
+    start_processes,
+    store_of_torchrun,
+)
+from .run_config import refuse_changed, refuse_short, write_run_config
+from .scaling import scale_to_processes
+from .stopping import passed_on
+from .summary import closing, opening
+from .trainer import DistillTrainer
+from .versions import record_versions
 
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's parser, and ``--debug``."""
-    parser = default_argument_parser()
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
-    return parser
+logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of a run; sets up logging, seeds and the output folder.
+    """The frozen config of a run. Nothing is written.
 
     Raises:
-        UserError: for a wrong config, or an output folder that holds a run.
+        UserError: for a wrong config, or one that cannot be run, or an output folder that holds
+            another run.
     """
     if not args.config_file:
-        raise UserError("--config-file is missing: give a YAML file, for instance one of configs/")
-    args.config_file = resolve_config(args.config_file, "--config-file")
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, args.config_file, args.opts)
+        raise UserError(
+            "--config-file is missing: give a file or a recipe, such as shapes/frs/fcos_tiny.yaml"
+        )
+    args.resume = args.resume or args.force_resume
+    cfg = read_config(args.config_file, args.opts)
+    with in_words_of(is_lazy(cfg)):
+        if args.eval_only:
+            _choose_weights(cfg, args.resume)
+            refuse_unwritable(cfg.OUTPUT_DIR)
+            check_annotation_files(cfg, training=False)
+        else:
+            _refuse_other_run(cfg, args)
+            refuse_unusable(cfg)
+        refuse_processes(cfg, args.num_gpus, _processes(args), training=not args.eval_only)
     cfg.freeze()
-    if not (args.resume or args.eval_only):
-        refuse_finished_run(cfg.OUTPUT_DIR)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     return cfg
 
 
-def run(args: argparse.Namespace) -> Optional[dict]:
+def _processes(args: argparse.Namespace) -> int:
+    """Of the run; with ``--num-gpus 0``, as for Detectron2, one."""
+    return max(args.num_gpus * args.num_machines, 1)
+
+
+def _choose_weights(cfg: CfgNode, resume: bool) -> None:
+    """With ``--resume`` a run's newest checkpoint is evaluated, as in Detectron2."""
+    saved = newest_checkpoint(cfg.OUTPUT_DIR) if resume else None
+    if saved:
+        cfg.MODEL.WEIGHTS = saved.path
+    if not cfg.MODEL.WEIGHTS:
+        final = os.path.join(cfg.OUTPUT_DIR, FINAL_WEIGHTS)
+        raise UserError(
+            "MODEL.WEIGHTS is empty, there is nothing to evaluate: give the student's checkpoint, "
+            f"for instance 'MODEL.WEIGHTS {final}'"
+        )
+
+
+def _refuse_other_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if not args.resume:
+        refuse_occupied(cfg.OUTPUT_DIR)
+        return
+    saved = newest_checkpoint(cfg.OUTPUT_DIR)
+    if saved is None:
+        return
+    processes = _processes(args)
+    refuse_short(scale_to_processes(cfg, processes), saved)
+    if not args.force_resume:
+        refuse_changed(cfg, saved, processes)
+
+
+def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Data sets; logging and seeds as ``default_setup`` does them, but the run's ``config.yaml``
+    stays as it is until training starts."""
+    register_described(cfg)
+    rank = comm.get_rank()
+    set_up_logs(cfg.OUTPUT_DIR, rank)
+    logger.debug(f"Rank of current process: {rank}. World size: {comm.get_world_size()}")
+    logger.debug(f"Environment info:\n{collect_env_info()}")
+    logger.debug(f"Command line arguments: {args}")
+    logger.debug(f"Running with full config:\n{config_text(cfg)}")
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def run(args: argparse.Namespace, cfg: CfgNode) -> Optional[dict]:
     """One process of a run: trains, or evaluates the student with ``--eval-only``.
+
+    Args:
+        args: of the command line.
+        cfg: from :func:`setup`.
 
     Returns:
         the evaluation results.
     """
-    from d2kd.modeling import build_detector
-    from d2kd.modeling.weights import read_weights
-
-    from .trainer import DistillTrainer
-
-    cfg = setup(args)
+    set_up_process(cfg, args)
     if args.eval_only:
-        student = build_detector(cfg)
-        unfilled = read_weights(student, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-        if unfilled:
-            raise UserError(
-                f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}': it leaves {len(unfilled)} tensors of the "
-                f"student unfilled, such as {unfilled[0]}; give a checkpoint of this student"
-            )
-        return DistillTrainer.test(cfg, student)
+        return evaluate(cfg)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    write_student_yaml(cfg)
-    return trainer.train()
-
-
-def _run_reporting(args: argparse.Namespace) -> None:
-    """Ends the process with one line and status 1 when the user can mend what is wrong."""
-    try:
-        run(args)
-    except Exception as error:
-        message = _user_message(error)
-        if args.debug or message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _user_message(error: Exception) -> Optional[str]:
-    if isinstance(error, UserError):
-        return str(error)
-    # A name in the config that one of Detectron2's registries does not know
-    match = re.search(r"No object named '(.+)' found in '(.+)' registry", str(error))
-    return f"the config names '{match[1]}', unknown in the {match[2]} registry" if match else None
-
-
-def main(argv: Optional[List[str]] = None) -> None:
-    """Entry point; see ``--help``."""
-    parser = argument_parser()
-    args = parser.parse_args(argv)
-    gpus = torch.cuda.device_count()
-    if args.num_gpus > max(gpus, 1):
-        parser.exit(1, f"error: --num-gpus is {args.num_gpus}, but torch sees {gpus}\n")
-    try:
-        launch(
-            _run_reporting,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
+    if args.resume and not trainer.start_iter:
+        logger.warning(f"'{cfg.OUTPUT_DIR}' holds no checkpoint: the run starts from the beginning")
+    if trainer.start_iter and not args.force_resume:
+        trainer.refuse_other_teacher()
+    if trainer.is_finished():
+        logger.warning(
+            f"All {trainer.max_iter} steps are done, and the student was evaluated (metrics.json): "
+            "nothing is left to do; --eval-only --resume evaluates it again"
         )
-    except ProcessExitedException as error:  # which has said why
-        sys.exit(error.exit_code)
+        return None
+    if trainer.start_iter >= trainer.max_iter:
+        logger.warning(f"All {trainer.max_iter} steps are done: the student is evaluated only")
+    write_run_config(cfg)
+    write_student = write_student_program if is_lazy(cfg) else write_student_yaml
+    write_student(cfg)
+    record_versions(cfg.OUTPUT_DIR)
+    if comm.is_main_process():
+        logger.info(opening(trainer))
+    results = trainer.train()
+    if comm.is_main_process():
+        logger.info(closing(trainer.cfg))
+    return results
 
 
-if __name__ == "__main__":
-    main()
+def evaluate(cfg: CfgNode) -> dict:
+    """
+    Raises:
+        UserError: if ``MODEL.WEIGHTS`` does not fill the student, or was trained otherwise.
+    """
+    student = build_detector(cfg)
+    text = load_trained_weights(
+        student,
+        cfg.MODEL.WEIGHTS,
+        "MODEL.WEIGHTS",
+        "the config",
+        cfg.INPUT.FORMAT,
+        class_names_of(cfg.DATASETS.TEST),
+    )
+    logger.info(f"The student's weights: {cfg.MODEL.WEIGHTS}, {text}")
+    return DistillTrainer.test(cfg, student)
+
+
+def _run_reporting(args: argparse.Namespace, cfg: CfgNode) -> None:
+    with in_one_line(args.debug), in_words_of(is_lazy(cfg)):
+        run(args, cfg)
+
+
+def _run_among(place: Place, store: dist.Store, args: argparse.Namespace, cfg: CfgNode) -> None:
+    """:func:`_run_reporting` in one of several processes."""
+    with in_one_line(args.debug, partial(is_first_to_tell, store)), in_words_of(is_lazy(cfg)):
+        join(place, store, cfg)
+        run(args, cfg)
+
+
+def start(
+    args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None] = lambda args: None
+) -> None:
+    """All processes of a run, until they end; with torchrun, this one. A run that fails ends this
+    process too.
+
+    Args:
+        args: as from Detectron2's ``default_argument_parser``, with ``force_resume`` and ``debug``.
+        prepare: completes ``args``, once for all processes.
+
+    Raises:
+        UserError: see :func:`setup`.
+    """
+    place = place_by_torchrun(os.environ)
+    if place is not None:
+        _start_by_torchrun(place, args, prepare)
+        return
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError("--num-machines needs --dist-url tcp://ADDRESS:PORT of the first machine")
+    prepare(args)
+    cfg = setup(args)
+    if _processes(args) == 1:
+        _run_reporting(args, cfg)
+        return
+    with passed_on() as received:
+        try:
+            start_processes(_run_among, args, cfg)
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            sys.exit(_status(error, received))
+
+
+def _start_by_torchrun(
+    place: Place, args: argparse.Namespace, prepare: Callable[[argparse.Namespace], None]
+) -> None:
+    """Process 0 sets the run up for all, as the process does that starts others itself."""
+    store = store_of_torchrun()
+    if place.rank == 0:
+        if _processes(args) > 1:
+            raise UserError(
+                f"torchrun has started {place.size} processes already: leave out --num-gpus, "
+                "--num-machines and --machine-rank"
+            )
+        args.num_gpus, args.num_machines = place.local_size, place.size // place.local_size
+        prepare(args)
+        hand_out(store, args, setup(args))
+    _run_among(place, store, *handed_out(store))
+
+
+def _status(error: Exception, received: List[int]) -> int:
+    """The status of a run one of whose processes ended."""
+    if received:
+        return exit_status(received[0])
+    if isinstance(error, ProcessRaisedException):
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    if error.exit_code < 0:  # ended by a signal; whatever else ends a process says so itself
+        print(f"error: {error}; add --resume to go on", file=sys.stderr, flush=True)
+        return exit_status(-error.exit_code)
+    return error.exit_code

@@ -2,77 +2,104 @@
 
 import logging
 import os
+import signal
 from collections import OrderedDict
-from typing import Any, Dict, List
+from typing import Any, Callable, Collection, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    hooks,
 )
-from detectron2.solver import build_optimizer, get_default_optimizer_params
-from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from d2kd.checkpoint import PARAMETER_NAMES, StudentCheckpointer, refuse_not_finite
+from d2kd.data.bad_images import NamingLoader, NamingMapper
 from d2kd.data.check import num_classes_of
-from d2kd.data.loader import ResumableLoader
-from d2kd.errors import UserError, nearest
-from d2kd.modeling import TeacherStudent, build_family, build_model
+from d2kd.data.classes import class_names_of
+from d2kd.data.loader import ResumableLoader, random_states_kept
+from d2kd.distillation import TeacherStudent, build_model
+from d2kd.errors import UserError, reason
+from d2kd.lazy import is_lazy
+from d2kd.one_line import exit_status
+from d2kd.views import build_family
 
-from .checkpoint import StudentCheckpointer
-from .hooks import ScheduleHook
+from . import lazy_parts
+from .accumulation import accumulated_step
+from .averaging import AverageHook
+from .coco_evaluation import coco_evaluator
+from .failures import keep_quiet_of_user_errors, told
+from .finite import FiniteLosses
+from .hooks import BestHook, CostHook, ScheduleHook
+from .metrics import METRICS, forget_lines, has_lines_from, restore_metrics
+from .optimizer import build_lr_scheduler, build_optimizer
+from .processes import share_statistics, shared
+from .progress import ProgressPrinter
+from .results import evaluated
 from .run_state import RunState
+from .scaling import scale_to_processes
+from .stopping import (
+    SIGNALS_OF_PROCESS,
+    EvaluationStopped,
+    StopHook,
+    StoppableEvaluator,
+    Stopped,
+    command_to_resume,
+)
 
 logger = logging.getLogger(__name__)
 
 EVALUATORS = {
-    "coco": COCOEvaluator,
+    "coco": coco_evaluator,
     "lvis": LVISEvaluator,
     "pascal_voc": PascalVOCDetectionEvaluator,
 }
 
 
-def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """As Detectron2's ``build_optimizer`` does for SGD."""
-    params = get_default_optimizer_params(
-        model,
-        base_lr=cfg.SOLVER.BASE_LR,
-        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-    )
-    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    return optimizer(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-
-
-OPTIMIZERS = {"SGD": build_optimizer, "AdamW": _build_adamw}
-
-
-def _stop_decay(optimizer: torch.optim.Optimizer, parameters: List[nn.Parameter]) -> None:
-    """Moves parameters into groups of their own, which differ in that they do not decay."""
-    moved = {id(p) for p in parameters}
-    for group in list(optimizer.param_groups):
-        ours = [p for p in group["params"] if id(p) in moved]
-        if ours:
-            group["params"] = [p for p in group["params"] if id(p) not in moved]
-            optimizer.add_param_group({**group, "params": ours, "weight_decay": 0.0})
+def evaluator_kinds(cfg: CfgNode) -> Optional[Collection[str]]:
+    """The kinds of data sets that can be evaluated; None if a Python config brings its own."""
+    return None if is_lazy(cfg) else EVALUATORS
 
 
 class DistillTrainer(DefaultTrainer):
     """Trains what the config describes: a student with its teacher, or a plain detector.
 
     It differs from ``DefaultTrainer`` in what it saves (the bare student), in that a resumed run
-    continues exactly, and in the choice of an optimizer.
+    continues exactly, and in the choice of an optimizer. A Python config (LazyConfig) describes
+    optimizer, schedule, data and evaluators itself.
     """
 
+    _resuming = _failed = False
+    _stop_signal = 0
+
     def __init__(self, cfg: CfgNode):
-        super().__init__(cfg)
+        # DefaultTrainer's own gives every process a GPU.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        self.cfg = cfg = scale_to_processes(cfg, comm.get_world_size())
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        step_trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = step_trainer(shared(model, cfg), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        if is_lazy(cfg):
+            lazy_parts.set_up_training(cfg, self.model)
         self._check_classes()
+        self.register_hooks(self.build_hooks())
 
     def _check_classes(self) -> None:
         """
@@ -90,7 +117,7 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_model(cfg)
-        logger.info(f"Model:\n{model}")
+        logger.debug(f"Model:\n{model}")
         return model
 
     @property
@@ -105,57 +132,230 @@ class DistillTrainer(DefaultTrainer):
         return model.student if isinstance(model, TeacherStudent) else model
 
     def build_hooks(self) -> List[HookBase]:
-        # The checkpointer is replaced here because the hooks keep it.
-        model, run_state = (
-            self.bare_model,
-            RunState(self.student, self.cfg.SOLVER.CHECKPOINT_PERIOD),
-        )
+        model, batches = self.bare_model, self.cfg.SOLVER.ACCUMULATION_STEPS
         distilled = isinstance(model, TeacherStudent)
+        self._run_state = RunState(
+            self.student,
+            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            model.random_streams() if distilled else {},
+            model.teacher.checksum if distilled and model.teacher else "",
+        )
+        self._stop_hook = StopHook(self.cfg.RUN.TIMEOUT)
         extra = {"distillers": model.distillers} if distilled else {}
         self.checkpointer = StudentCheckpointer(
-            self.student, self.cfg.OUTPUT_DIR, trainer=self, run_state=run_state, **extra
+            self.student,
+            self.cfg.OUTPUT_DIR,
+            class_names=class_names_of(self.cfg.DATASETS.TRAIN),
+            keep=self.cfg.RUN.KEEP_CHECKPOINTS,
+            trainer=self,
+            run_state=self._run_state,
+            **extra,
         )
-        self._run_state = run_state
-        hooks = [run_state, ScheduleHook(model)] if distilled else [run_state]
-        return hooks + super().build_hooks()
+        average = self._average_hook()
+        self._finite = FiniteLosses(model, self._trainer.optimizer, batches)
+        stock = super().build_hooks()
+        if is_lazy(self.cfg):
+            lazy_parts.limit_checkpoints(self.cfg, stock)
+        saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        at = next(i for i, hook in enumerate(stock) if isinstance(hook, saving))
+        behind = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
+        evaluation, *rest = stock[behind:]
+        self._hooks_behind_saving = [evaluation, *self._best_hook(), *rest]
+        schedule = [ScheduleHook(model)] if distilled else []
+        cost = CostHook(model, batches)
+        before = [*schedule, cost, *average, *stock[:at], self._run_state, *stock[at:behind]]
+        return [*before, self._stop_hook, *self._hooks_behind_saving]
+
+    def _average_hook(self) -> List[HookBase]:
+        decay = self.cfg.SOLVER.EMA_DECAY
+        return [AverageHook(self.student, decay, self.checkpointer)] if decay else []
+
+    def _best_hook(self) -> List[HookBase]:
+        """None where there is one evaluation only, and so nothing to choose from."""
+        metric = self.cfg.RUN.BEST_METRIC
+        if not metric or not self.cfg.TEST.EVAL_PERIOD or not comm.is_main_process():
+            return []
+        return [BestHook(self.checkpointer, metric)]
+
+    def build_writers(self) -> List[EventWriter]:
+        stock = [w for w in super().build_writers() if not isinstance(w, CommonMetricPrinter)]
+        self._writers = [ProgressPrinter(self.max_iter), *stock]
+        return self._writers
 
     def resume_or_load(self, resume: bool = True) -> None:
+        self._resuming = resume
         super().resume_or_load(resume)
+        source = self.checkpointer.get_checkpoint_file() or self.cfg.MODEL.WEIGHTS
+        refuse_not_finite(self.student, self.checkpointer.weights_key, source)
         if self.start_iter:
-            self.data_loader.start_iter = self.start_iter
+            self.data_loader.start_iter = self.start_iter * self.cfg.SOLVER.ACCUMULATION_STEPS
             self._run_state.restore()
+
+    def refuse_other_teacher(self) -> None:
+        """
+        Raises:
+            UserError: if the run that is resumed had a teacher with other weights.
+        """
+        now, before = self._run_state.teacher, self._run_state.saved_teacher
+        if now != before:
+            raise UserError(
+                f"the run in '{self.cfg.OUTPUT_DIR}' had a teacher with the checksum "
+                f"'{before or 'none'}', this one has '{now or 'none'}': give the same weights, or "
+                "another OUTPUT_DIR, or --force-resume to go on with the new ones"
+            )
+
+    def is_finished(self) -> bool:
+        """Whether the run that is resumed has done all steps and the evaluation behind them."""
+        path = os.path.join(self.cfg.OUTPUT_DIR, METRICS)
+        return self.start_iter >= self.max_iter and has_lines_from(path, self.max_iter)
+
+    def train(self) -> OrderedDict:
+        keep_quiet_of_user_errors()
+        try:
+            with SIGNALS_OF_PROCESS.caught():
+                return super().train()
+        except EvaluationStopped:  # the last one
+            self._end("all steps are done and saved")
+        except Stopped:
+            self._end(f"{self.iter + 1} of {self.max_iter} steps are done and saved")
+
+    def _end(self, state: str) -> None:
+        number = self._stop_signal or SIGNALS_OF_PROCESS.received
+        if comm.is_main_process():
+            logger.warning(
+                f"Stopped by {signal.Signals(number).name}: {state} in '{self.cfg.OUTPUT_DIR}'; "
+                f"go on with: {command_to_resume()}"
+            )
+        raise SystemExit(exit_status(number))
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self.start_iter:
+            self._finish_saved_step()
+        elif self._resuming and comm.is_main_process():  # of a run that saved nothing
+            forget_lines(os.path.join(self.cfg.OUTPUT_DIR, METRICS), -1)
+
+    def _finish_saved_step(self) -> None:
+        """What comes after saving in a step, evaluation and metrics, is made up for."""
+        folder, done = self.cfg.OUTPUT_DIR, self.start_iter - 1
+        self.iter = self.storage.iter = done
+        writers = getattr(self, "_writers", [])
+        restore_metrics(folder, done, self._run_state.scalars, self.storage, writers)
+        self._in_one_line(lambda: [hook.after_step() for hook in self._hooks_behind_saving])
 
     def run_step(self) -> None:
         # The scripted focal loss of Detectron2 is optimised after its first call, which changes
         # the last bits of its gradient: a resumed process would differ from one that went on.
         with torch.jit.optimized_execution(False):
+            self._in_one_line(self._run_finite_step)
+
+    def _run_finite_step(self) -> None:
+        try:
+            self._take_step()
+            self._finite.check()  # mixed precision skips the optimizer's step
+        except UserError:
+            raise
+        except Exception as e:
+            self._finite.check()
+            origin = self._finite.origin()
+            if origin is None and isinstance(e, FloatingPointError):  # Detectron2's, of the mean
+                origin = "the losses of this process are finite, those of another one are not"
+            if origin is None:
+                raise
+            raise UserError(f"{reason(e)}: {origin}") from e
+
+    def _take_step(self) -> None:
+        batches = self.cfg.SOLVER.ACCUMULATION_STEPS
+        if batches == 1:
             super().run_step()
+        else:
+            self._trainer.iter = self.iter
+            accumulated_step(self._trainer, batches)
+
+    def after_step(self) -> None:
+        self._in_one_line(super().after_step)
+
+    def _in_one_line(self, action: Callable[[], Any]) -> None:
+        try:
+            with told(self.cfg.OUTPUT_DIR):
+                action()
+        except EvaluationStopped:
+            self.stop(SIGNALS_OF_PROCESS.received)
+        except UserError as e:
+            self._failed = True
+            raise UserError(f"iteration {self.iter}: {e}") from e
+
+    def after_train(self) -> None:
+        try:
+            with told(self.cfg.OUTPUT_DIR):
+                super().after_train()
+        except UserError:
+            if not self._failed:  # else it has been said what befell the run
+                raise
+
+    def stop(self, signal_number: int) -> None:
+        """Saves the run as it is after this step, and ends training.
+
+        Args:
+            signal_number: the reason.
+        """
+        self._stop_signal = signal_number
+        if (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD:
+            self._run_state.gather()
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        self._stop_hook.wait_for_all()
+        raise Stopped
 
     def state_dict(self) -> Dict[str, Any]:
         # Release 0.6 forgets the optimizer.
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        state = super().state_dict()
+        state.get("hooks", {}).pop("RunState", None)  # saved beside this
+        return {
+            **state,
+            "_trainer": self._trainer.state_dict(),
+            PARAMETER_NAMES: self._parameter_names(),
+        }
+
+    def _parameter_names(self) -> List[str]:
+        """In the order of the optimizer, whose state goes by position."""
+        names = {id(p): name for name, p in self.bare_model.named_parameters()}
+        groups = self._trainer.optimizer.param_groups
+        return [names[id(p)] for group in groups for p in group["params"]]
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        if state_dict[PARAMETER_NAMES] != self._parameter_names():
+            raise UserError(
+                "the checkpoint to resume was written with other trained parameters: give the "
+                "config of its run, or another OUTPUT_DIR"
+            )
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
-        return ResumableLoader(cfg)
+        return lazy_parts.build_train_loader(cfg) if is_lazy(cfg) else ResumableLoader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> NamingLoader:
+        if is_lazy(cfg):
+            return lazy_parts.build_test_loader(cfg, dataset_name)
+        mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+        return NamingLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        name = cfg.SOLVER.OPTIMIZER
-        if name not in OPTIMIZERS:
-            raise UserError(f"SOLVER.OPTIMIZER is '{name}': {nearest(name, OPTIMIZERS)}")
-        optimizer = OPTIMIZERS[name](cfg, model)
-        if isinstance(model, TeacherStudent):
-            distillers = model.distillers.values()
-            _stop_decay(optimizer, [p for d in distillers for p in d.undecayed()])
-        return optimizer
+        build = lazy_parts.build_optimizer if is_lazy(cfg) else build_optimizer
+        return build(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        build = lazy_parts.build_lr_scheduler if is_lazy(cfg) else build_lr_scheduler
+        return build(cfg, optimizer)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        if is_lazy(cfg):
+            return lazy_parts.build_evaluator(cfg, dataset_name)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
         if kind not in EVALUATORS:
             raise UserError(
@@ -169,6 +369,13 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
+        share_statistics(model)
         # Evaluation in the middle of training leaves the random numbers of training alone.
-        with torch.random.fork_rng():
-            return super().test(cfg, model, evaluators)
+        with random_states_kept():
+            if evaluators is None:
+                evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+            stoppable = [StoppableEvaluator(evaluator) for evaluator in evaluators]
+            results = super().test(cfg, model, stoppable)
+        if comm.is_main_process():
+            logger.info(evaluated(cfg.DATASETS.TEST, results))
+        return results

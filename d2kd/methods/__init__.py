@@ -1,12 +1,12 @@
-"""The distillation methods, one file each."""
+"""The distillation methods, a file or a package each."""
 
 import importlib
 import pkgutil
 
-from .distiller import DISTILLER_REGISTRY, Distiller, Needs
+from .core import DISTILLER_REGISTRY, Distiller
 
-# Every file of this folder is imported, for its registration: a new method is a new file.
+# Everything in this folder is imported, for its registration: a new method is a new file.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["DISTILLER_REGISTRY", "Distiller", "Needs"]
+__all__ = ["DISTILLER_REGISTRY", "Distiller"]

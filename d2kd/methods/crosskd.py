@@ -10,16 +10,25 @@ Shapes: N images, C channels, (h, w) the size of an FPN level.
 """
 
 from functools import partial
-from typing import Dict, Iterator, List, Mapping, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, Tuple
 
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from d2kd.errors import UserError
-from d2kd.methods.dense_kd import DenseKD, localization_kd, quality_focal_kd
-from d2kd.methods.distiller import DISTILLER_REGISTRY, Needs
-from d2kd.modeling.channel_statistics import channel_statistics, transfer_statistics
-from d2kd.modeling.families import BRANCHES, Family
+from d2kd.layers import channel_statistics, transfer_statistics
+from d2kd.methods.core import DISTILLER_REGISTRY, Defaults
+from d2kd.methods.core.dense_kd import OUTPUTS, DenseKD, localization_kd, quality_focal_kd
+from d2kd.schema import Key
+from d2kd.views import (
+    Assignment,
+    Dense,
+    Family,
+    Reads,
+    StudentView,
+    TeacherView,
+    Tower,
+    View,
+)
 
 __all__ = ["CrossKD", "align_statistics", "localization_kd", "quality_focal_kd"]
 
@@ -48,97 +57,110 @@ class CrossKD(DenseKD):
     Neither the student's blocks after the hand-over nor its prediction convs get a gradient.
     """
 
-    requires = {
-        "cls": Needs(student=("tower", "assignment"), teacher=("dense", "tower_statistics")),
-        "bbox": Needs(student=("tower", "assignment"), teacher=("dense", "tower_statistics")),
-        "centerness": Needs(student=("tower", "assignment"), teacher=("dense", "tower_statistics")),
+    keys = {
+        **DenseKD.keys,
+        "DEPTH": Key(
+            3,
+            "Blocks of the student's towers before the hand-over; 0 = the FPN levels are handed "
+            "over. The authors take 2 for FCOS and 3 for the others, of 4",
+            low=0,
+        ),
+        "PRE_ACTIVATION": Key(
+            False, "Hand over before the activation of the last of these blocks instead of after it"
+        ),
+    }
+
+    # The authors hand over after 2 of 4 blocks in FCOS
+    defaults_of = {
+        kind: Defaults({**values, "DEPTH": 2 if kind.endswith("FCOS") else 3}, source)
+        for kind, (values, source) in DenseKD.defaults_of.items()
     }
 
     @configurable
     def __init__(
         self,
         *,
-        tap: int = 3,
+        branches: Mapping[str, str],
+        depth: int = 3,
         pre_activation: bool = False,
         widths: Mapping[str, Tuple[int, int]],
         **kwargs,
     ):
         """
         Args:
-            tap: k, how many blocks of the student's towers run before the hand-over.
-            pre_activation: hand over, and align, what block k gives before its activation. (What
-                the authors' code says; in-place operations make it do the other.)
+            branches: the branch of the head, "cls" or "bbox", that each term's predictions come
+                from.
+            depth: how many blocks of the student's towers run before the hand-over.
+            pre_activation: hand over, and align, what the last of these blocks gives before its
+                activation. (What the authors' code says; in-place operations make it do the other.)
             widths: (student, teacher) channels of the handed-over features by branch; where they
                 differ, a trained 1×1 convolution maps one to the other.
             kwargs: see :class:`DenseKD`.
         """
         super().__init__(**kwargs)
-        self.tap = tap
+        self.branches = dict(branches)
+        self.depth = depth
         self.pre_activation = pre_activation
         self.adapters = nn.ModuleDict(
             {b: nn.Conv2d(c_s, c_t, 1) for b, (c_s, c_t) in widths.items() if c_s != c_t}
         )
-        # Of the towers, only the output of one block is read.
-        block = f".{tap}.pre" if pre_activation else f".{tap}"
-        self.requires = {
-            term: Needs(
-                *[tuple(n + block if n.startswith("tower") else n for n in side) for side in needs]
-            )
-            for term, needs in self.requires.items()
-        }
 
     @classmethod
-    def default_config(cls) -> CfgNode:
-        node = super().default_config()
-        # Blocks of the student's towers before the hand-over; 0 = the FPN levels are handed over.
-        # The authors take 2 for FCOS and 3 for the others, of 4
-        node.TAP = 3
-        # Hand over before the activation of the last of these blocks instead of after it
-        node.PRE_ACTIVATION = False
-        return node
+    def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
+        reads = {}
+        for name, branch in cls._branches(node, teacher).items():
+            tower = Tower(branch, node.DEPTH, node.PRE_ACTIVATION and node.DEPTH > 0)
+            statistics = Tower(branch, tower.depth, tower.pre_activation, statistics=True)
+            reads[name] = Reads(
+                student=(tower, Assignment()), teacher=(Dense(), statistics), knob="DEPTH"
+            )
+        return reads
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
-        node = cls.node(cfg)
-        kwargs = super().from_config(cfg, student, teacher)
-        for who, family in (("student", student), ("teacher", teacher)):
-            blocks = min(family.dense_head.num_blocks(b) for b in BRANCHES)
-            if not 0 <= node.TAP <= blocks:
-                raise UserError(
-                    f"DISTILL.CROSSKD.TAP is {node.TAP}, but the towers of the {who} have {blocks} "
-                    f"blocks: give 0 ... {blocks}"
-                )
+        branches = cls._branches(cfg, teacher)
         return {
-            **kwargs,
-            "tap": node.TAP,
-            "pre_activation": node.PRE_ACTIVATION,
+            **super().from_config(cfg, student, teacher),
+            "branches": branches,
+            "depth": cfg.DEPTH,
+            "pre_activation": cfg.PRE_ACTIVATION and cfg.DEPTH > 0,
             "widths": {
-                branch: tuple(f.dense_head.channels(branch, node.TAP) for f in (student, teacher))
-                for branch in _branches(kwargs["terms"])
+                branch: tuple(f.dense_head.channels(branch, cfg.DEPTH) for f in (student, teacher))
+                for branch in _distinct(branches.values())
             },
         }
 
-    def predictions(self, student, teacher) -> Dict[str, List[Tensor]]:
+    @classmethod
+    def _branches(cls, node: CfgNode, teacher: Family) -> Dict[str, str]:
+        known = teacher.dense_head.branch_of if teacher.dense_head else {}
+        return {name: known.get(OUTPUTS[name], "cls") for name in cls.enabled_terms(node)}
+
+    def predictions(self, student: StudentView, teacher: TeacherView) -> Dict[str, List[Tensor]]:
         outputs = {}
-        for branch in _branches([t for t in self.terms if self.wants(t)]):
-            features = self.hand_over(branch, student.dense, teacher.dense)
-            outputs.update(teacher.dense.resume(branch, self.tap, features))
+        for branch in _distinct(b for name, b in self.branches.items() if self.wants(name)):
+            features = self.hand_over(branch, student, teacher)
+            outputs.update(teacher.resume(branch, self.depth, features))
         return outputs
 
-    def hand_over(self, branch: str, student, teacher) -> Iterator[Tensor]:
+    def hand_over(
+        self, branch: str, student: StudentView, teacher: TeacherView
+    ) -> Iterator[Tensor]:
         """What of the student goes into the rest of the teacher's tower, level by level; each is
         made when it is read, for nobody else needs it."""
-        features = student.tower(branch, self.tap, self.pre_activation)
+        tower = Tower(branch, self.depth, self.pre_activation)
+        features = student.tower(tower)
         if branch in self.adapters:
             features = [self.adapters[branch](x) for x in features]
-        statistics = teacher.tower_statistics(branch, self.tap, self.pre_activation)
-        align = partial(transfer_statistics, max_gain=MAX_GAIN, relu=self.tap > 0)
+        statistics = teacher.tower_statistics(
+            Tower(branch, self.depth, self.pre_activation, statistics=True)
+        )
+        align = partial(transfer_statistics, max_gain=MAX_GAIN, relu=self.depth > 0)
         return map(align, features, *zip(*statistics))
 
-    def coder(self, student, teacher):
-        return teacher.dense
+    def box_decoder(self, student: StudentView, teacher: TeacherView) -> View:
+        return teacher
 
 
-def _branches(terms) -> List[str]:
-    """The branches whose predictions the terms compare; either may have the centerness."""
-    return [b for b in BRANCHES if b in terms or "centerness" in terms]
+def _distinct(branches: Iterable[str]) -> List[str]:
+    """Each branch once, the class branch first."""
+    return sorted(set(branches), reverse=True)

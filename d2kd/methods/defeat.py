@@ -5,91 +5,50 @@ Imitation of FPN levels, and optionally of backbone stages and RoI classes, with
 background as two terms: each has its own weight and is a mean over its own region. Formulas and
 masks follow the authors' released code; the paper's text could not be compared.
 
-Shapes: N images, G boxes of an image, C channels, (h, w) the size of a level, L levels, R RoIs,
+Formulas with their sources: docs/methods/defeat.md.
+
+Shapes: N images, C channels, (h, w) the size of a level, L levels, R RoIs,
 K classes.
 """
 
-import math
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from d2kd.errors import UserError, nearest
-from d2kd.methods.adapters import conv_adapters
-from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
-from d2kd.methods.schedule import term_config
-from d2kd.modeling.families import Level, paired_levels, paired_stages
+from d2kd.errors import UserError
+from d2kd.layers import as_float, as_target, object_masks
+from d2kd.layers.masks import ASSIGNMENTS
+from d2kd.methods.core import DISTILLER_REGISTRY, Distiller, conv_adapters, term
+from d2kd.schema import Key
+from d2kd.views import (
+    Family,
+    Features,
+    Level,
+    LevelPair,
+    Proposals,
+    Reads,
+    Regions,
+    Stage,
+    StudentView,
+    TeacherView,
+    channels_of,
+    paired_levels,
+    paired_stages,
+)
 
-# Boxes below twice this size, in pixels, belong to the finest level, whatever its stride.
-FINEST_SCALE = 56
+__all__ = ["DeFeat", "decoupled_classification", "decoupled_imitation", "object_masks"]
 
-# Where there are objects: in a box on the level of its size, in a box on every level, or everywhere
-# (no decoupling: the object term is half the plain mean squared error, the background term is 0)
-ASSIGNMENTS = ("official", "all_levels", "everywhere")
 # Whose sampled proposals the heads are compared on
-SAMPLINGS = ("teacher", "student", "both")
-
-
-def object_masks(
-    boxes: Sequence[Tensor],
-    sizes: Sequence[Tuple[int, int]],
-    strides: Sequence[int],
-    assign: str = "official",
-) -> List[Tensor]:
-    """Marks the cells that boxes cover on the FPN levels.
-
-    A cell is covered from the truncated corner of a box up to, without it, the cell of the
-    opposite corner. A box within one row or column of cells marks only its first cell.
-
-    Args:
-        boxes: per image, (G, 4) xyxy in pixels of the padded batch.
-        sizes: (h, w) per level, finest first.
-        strides: pixels per cell, per level.
-        assign: one of :data:`ASSIGNMENTS`.
-
-    Returns:
-        (N, h, w) bool per level.
-    """
-    if assign == "everywhere":
-        return [boxes[0].new_ones((len(boxes), *size), dtype=torch.bool) for size in sizes]
-    # NaN compares as false with everything, so the padding marks nothing.
-    padded = pad_sequence([b.float() for b in boxes], batch_first=True, padding_value=math.nan)
-    level_of_box = _assigned_levels(padded, len(sizes))
-    masks = []
-    for level, (size, stride) in enumerate(zip(sizes, strides)):
-        rows, columns = _covered_cells(padded, size, stride)
-        if assign == "official":
-            rows = rows & (level_of_box == level)[..., None]
-        masks.append(torch.einsum("ngy,ngx->nyx", rows.float(), columns.float()) > 0)
-    return masks
-
-
-def _assigned_levels(boxes: Tensor, num_levels: int) -> Tensor:
-    """The level of each box by its size, (N, G), as floats. The sides count one pixel more."""
-    width, height = (boxes[..., 2:] - boxes[..., :2] + 1).unbind(-1)
-    level = torch.log2((width * height).sqrt() / FINEST_SCALE + 1e-6).floor()
-    return level.clamp(0, num_levels - 1)
-
-
-def _covered_cells(boxes: Tensor, size: Tuple[int, int], stride: int) -> Tuple[Tensor, Tensor]:
-    """Which rows (N, G, h) and columns (N, G, w) of one level each box covers."""
-    left, top, right, bottom = (boxes / stride).trunc().unbind(-1)
-    h, w = size
-    left, top = left.clamp(min=0), top.clamp(min=0)
-    right, bottom = right.clamp(max=w), bottom.clamp(max=h)
-    thin = (left == right) | (top == bottom)
-    return _span(top, bottom, thin, h), _span(left, right, thin, w)
-
-
-def _span(first: Tensor, end: Tensor, thin: Tensor, size: int) -> Tensor:
-    first = torch.where(thin, first.clamp(max=size - 1), first)
-    end = torch.where(thin, first + 1, end)
-    cells = torch.arange(size, device=first.device)
-    return (cells >= first[..., None]) & (cells < end[..., None])
+PROPOSALS_FROM = ("teacher", "student", "both")
+_ASSIGN_HELP = (
+    "official: a box is an object on the one level of its size; all_levels: on each; everywhere: "
+    "no decoupling, the object term takes the whole map (half the plain mean squared error) and "
+    "the background term must be 0"
+)
 
 
 def decoupled_imitation(adapted: Tensor, teacher: Tensor, mask: Tensor) -> Tuple[Tensor, Tensor]:
@@ -105,7 +64,9 @@ def decoupled_imitation(adapted: Tensor, teacher: Tensor, mask: Tensor) -> Tuple
         (object, background) scalars: Σ M (φ(s) − t)² / max(1, 2 C Σ M), likewise with 1 − M. The
         sums go over the whole batch, padding included.
     """
-    difference = F.mse_loss(adapted.float(), teacher.detach().float(), reduction="none").sum(dim=1)
+    difference = F.mse_loss(as_float(adapted), as_target(teacher, adapted), reduction="none").sum(
+        dim=1
+    )
     on, off = mask.float(), 1 - mask.float()
     halves = 2 * teacher.shape[1]
     return (
@@ -146,7 +107,7 @@ def decoupled_classification(
     positive = (labels >= 0) & (labels < num_classes)
     temperatures = (object_temperature, background_temperature)
     return tuple(
-        _mean_kl(student_logits.float() / t, teacher_logits.detach().float() / t, chosen) * t**2
+        _mean_kl(as_float(student_logits) / t, as_float(teacher_logits.detach()) / t, chosen) * t**2
         for chosen, t in zip((positive, labels == num_classes), temperatures)
     )
 
@@ -171,20 +132,26 @@ def near_zero_adapters(channels: Sequence[Tuple[int, int]]) -> nn.ModuleList:
     return adapters
 
 
-def _check_config(node: CfgNode, terms: Sequence[str]) -> None:
-    key = "DISTILL.DEFEAT"
-    for name, known in (("ASSIGN", ASSIGNMENTS), ("SAMPLING", SAMPLINGS)):
-        if node[name] not in known:
-            raise UserError(f"{key}.{name} is '{node[name]}': {nearest(node[name], known)}")
-    for name in ("OBJECT_TEMPERATURE", "BACKGROUND_TEMPERATURE"):
-        if node[name] <= 0:
-            raise UserError(f"{key}.{name} is {node[name]}: give a number above 0")
-    zero = [t.upper() for t in terms if t in ("neck_background", "stage_background")]
-    if node.ASSIGN == "everywhere" and zero:
-        raise UserError(
-            f"{key}.ASSIGN is 'everywhere', which leaves no background, but {key}.{zero[0]}.WEIGHT "
-            "is not 0: set it to 0"
-        )
+def _weight_key(term_name: str) -> str:
+    return f"DISTILL.DEFEAT.{term_name.upper()}.WEIGHT"
+
+
+def _check_background(node: CfgNode, terms: Sequence[str]) -> None:
+    for part in ("NECK", "STAGE"):
+        term_name = f"{part.lower()}_background"
+        if node[f"{part}_ASSIGN"] == "everywhere" and term_name in terms:
+            key = DeFeat.node_name()
+            raise UserError(
+                f"{key}.{part}_ASSIGN is 'everywhere', which leaves no background, but "
+                f"{key}.{term_name.upper()}.WEIGHT is not 0: set it to 0"
+            )
+
+
+def _stages(node: CfgNode, student: Family, teacher: Family) -> List[LevelPair]:
+    key = f"{DeFeat.node_name()}.STAGES"
+    if not node.STAGES:
+        raise UserError(f"{key} is []: name at least one stage")
+    return paired_stages(student, teacher, node.STAGES, key)
 
 
 def _boxes(targets) -> List[Tensor]:
@@ -195,13 +162,32 @@ def _boxes(targets) -> List[Tensor]:
 class DeFeat(Distiller):
     """Decoupled imitation of FPN levels ("neck"), backbone stages and RoI classes ("head")."""
 
-    requires = {
-        "neck_object": Needs(student=("features",), teacher=("features",)),
-        "neck_background": Needs(student=("features",), teacher=("features",)),
-        "stage_object": Needs(student=("features", "stages"), teacher=("stages",)),
-        "stage_background": Needs(student=("features", "stages"), teacher=("stages",)),
-        "head_object": Needs(student=("proposals", "rois"), teacher=("proposals", "rois")),
-        "head_background": Needs(student=("proposals", "rois"), teacher=("proposals", "rois")),
+    keys = {
+        "NECK_OBJECT": term(3.0, "λ of the only released config (VOC); 4 on COCO, says the author"),
+        "NECK_BACKGROUND": term(12.0, "As NECK_OBJECT; 16 on COCO"),
+        "STAGE_OBJECT": term(0.0, "Off in the released config. The mean over STAGES"),
+        "STAGE_BACKGROUND": term(0.0, "Off in the released config. The mean over STAGES"),
+        "HEAD_OBJECT": term(0.0, "Off in the released config, which has 2; two-stage only"),
+        "HEAD_BACKGROUND": term(0.0, "Off in the released config, which has 2; two-stage only"),
+        "NECK_ASSIGN": Key("official", _ASSIGN_HELP, choices=ASSIGNMENTS),
+        "STAGE_ASSIGN": Key(
+            "all_levels",
+            "all_levels: a box is an object in every stage; everywhere: as NECK_ASSIGN",
+            choices=("all_levels", "everywhere"),
+        ),
+        "STAGES": Key(
+            ["res3", "res4", "res5"],
+            "The student's backbone stages to imitate; the teacher's are those of equal stride",
+        ),
+        "PROPOSALS_FROM": Key(
+            "teacher",
+            "Whose proposals the heads are compared on: teacher (the student's box head runs once "
+            "more), student, or both (the sum of the two)",
+            choices=PROPOSALS_FROM,
+        ),
+        "OBJECT_TEMPERATURE": Key(1.0, "Of the softmax in HEAD_OBJECT", above=0),
+        "BACKGROUND_TEMPERATURE": Key(1.0, "Of the softmax in HEAD_BACKGROUND", above=0),
+        "CASCADE_STAGE": Key(0, "Which box head of a Cascade R-CNN, from 0", low=0),
     }
 
     @configurable
@@ -209,24 +195,26 @@ class DeFeat(Distiller):
         self,
         *,
         terms: Sequence[str],
-        levels: Sequence[Tuple[Level, Level]] = (),
-        stages: Sequence[Tuple[Level, Level]] = (),
-        finest: Level,
+        levels: Sequence[LevelPair] = (),
+        stages: Sequence[LevelPair] = (),
+        finest: Optional[Level],
         num_classes: int = 0,
-        assign: str = "official",
-        sampling: str = "teacher",
+        neck_assign: str = "official",
+        stage_assign: str = "all_levels",
+        proposals_from: str = "teacher",
         temperatures: Tuple[float, float] = (1.0, 1.0),
         cascade_stage: int = 0,
     ):
         """
         Args:
-            terms: which of :attr:`requires` to compute.
+            terms: which of the six terms to compute.
             levels: (student, teacher) FPN levels of equal stride, finest first.
             stages: (student, teacher) backbone stages of equal stride.
             finest: the student's finest FPN level, on which the stages' mask is drawn.
             num_classes: K of the box heads.
-            assign: one of :data:`ASSIGNMENTS`.
-            sampling: one of :data:`SAMPLINGS`.
+            neck_assign, stage_assign: how objects are assigned to levels, see
+                :func:`~d2kd.layers.object_masks`.
+            proposals_from: one of :data:`PROPOSALS_FROM`.
             temperatures: of the head's object and background term.
             cascade_stage: which box head of a cascade, from 0.
         """
@@ -235,77 +223,80 @@ class DeFeat(Distiller):
         self.stages = list(stages)
         self.finest = finest
         self.num_classes = num_classes
-        self.assign = assign
-        self.sampling = sampling
+        self.neck_assign = neck_assign
+        self.stage_assign = stage_assign
+        self.proposals_from = proposals_from
         self.temperatures = temperatures
-        self.cascade_stage = cascade_stage
-        if sampling == "student":
-            heads = Needs(student=("proposals", "rois"), teacher=("rois",))
-            self.requires = {**self.requires, "head_object": heads, "head_background": heads}
-        self.neck_adapters = near_zero_adapters([(s.channels, t.channels) for s, t in levels])
-        self.stage_adapters = near_zero_adapters([(s.channels, t.channels) for s, t in stages])
+        self.proposals = Proposals(cascade_stage)
+        self.predictions = Regions(predictions=True, stage=cascade_stage)
+        self.neck_adapters = near_zero_adapters(channels_of(levels))
+        self.stage_adapters = near_zero_adapters(channels_of(stages))
 
     @classmethod
-    def default_config(cls) -> CfgNode:
-        node = CfgNode()
-        # λ of the only released config (VOC); 4 and 16 on COCO, says the author
-        node.NECK_OBJECT = term_config(weight=3.0)
-        node.NECK_BACKGROUND = term_config(weight=12.0)
-        # Off in the released config. The mean over STAGES
-        node.STAGE_OBJECT = term_config(weight=0.0)
-        node.STAGE_BACKGROUND = term_config(weight=0.0)
-        # Off in the released config, which has 2 and 2 here; two-stage detectors only
-        node.HEAD_OBJECT = term_config(weight=0.0)
-        node.HEAD_BACKGROUND = term_config(weight=0.0)
-        # official: a box is an object on the one level of its size; all_levels: on each;
-        # everywhere: no decoupling, NECK_OBJECT and STAGE_OBJECT take the whole map
-        node.ASSIGN = "official"
-        # The student's backbone stages to imitate; the teacher's are those of equal stride
-        node.STAGES = ["res3", "res4", "res5"]
-        # Whose proposals the heads are compared on: teacher (the student's box head runs once
-        # more), student, or both (the sum of the two)
-        node.SAMPLING = "teacher"
-        # Temperature of the softmax in HEAD_OBJECT and HEAD_BACKGROUND
-        node.OBJECT_TEMPERATURE = 1.0
-        node.BACKGROUND_TEMPERATURE = 1.0
-        # Which box head of a Cascade R-CNN, from 0
-        node.CASCADE_STAGE = 0
-        return node
+    def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
+        _check_background(node, cls.enabled_terms(node))
+        parts = {"neck": cls._neck_reads, "stage": cls._stage_reads, "head": cls._head_reads}
+        return {
+            name: parts[name.split("_")[0]](node, student, teacher)
+            for name in cls.enabled_terms(node)
+        }
+
+    @staticmethod
+    def _neck_reads(node: CfgNode, student: Family, teacher: Family) -> Reads:
+        return Reads(student=(Features(),), teacher=(Features(),))
+
+    @staticmethod
+    def _stage_reads(node: CfgNode, student: Family, teacher: Family) -> Reads:
+        ours, theirs = zip(*_stages(node, student, teacher))
+        return Reads(
+            student=(Features(), *(Stage(x.name) for x in ours)),
+            teacher=tuple(Stage(x.name) for x in theirs),
+            knob="STAGES",
+        )
+
+    @staticmethod
+    def _head_reads(node: CfgNode, student: Family, teacher: Family) -> Reads:
+        proposals = (Proposals(node.CASCADE_STAGE),)
+        predictions = (Regions(predictions=True, stage=node.CASCADE_STAGE),)
+        from_student = node.PROPOSALS_FROM in ("student", "both")
+        from_teacher = node.PROPOSALS_FROM in ("teacher", "both")
+        return Reads(
+            student=(proposals if from_student else ()) + predictions,
+            teacher=(proposals if from_teacher else ()) + predictions,
+            knob="CASCADE_STAGE" if node.CASCADE_STAGE else "",
+        )
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict:
-        node, terms = cls.node(cfg), cls.enabled_terms(cfg)
-        _check_config(node, terms)
-        # The parts that are on, and the key to blame when the detectors do not fit
-        keys = {t.split("_")[0]: f"DISTILL.DEFEAT.{t.upper()}.WEIGHT" for t in reversed(terms)}
-        levels, stages = [], []
-        if "neck" in keys:
-            pairs = paired_levels(student, teacher, keys["neck"])
-            levels = [(student.levels[i], teacher.levels[j]) for i, j in pairs]
-        if "stage" in keys:
-            stages = paired_stages(student, teacher, node.STAGES, "DISTILL.DEFEAT.STAGES")
-        if "head" in keys:
-            for family in (student, teacher):
-                family.box_head.check_stage(
-                    node.CASCADE_STAGE, "DISTILL.DEFEAT.CASCADE_STAGE", family.name
-                )
-            student.box_head.check_same_outputs(teacher.box_head, node.CASCADE_STAGE, keys["head"])
+    def check_pair(cls, node: CfgNode, student: Family, teacher: Family) -> None:
+        head = [t for t in cls.enabled_terms(node) if t.startswith("head")]
+        if head:
+            ours, theirs = student.box_head, teacher.box_head
+            ours.check_same_classes(theirs, node.CASCADE_STAGE, _weight_key(head[0]))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
+        terms = cls.enabled_terms(cfg)
+        neck = [t for t in terms if t.startswith("neck")]
+        stage = [t for t in terms if t.startswith("stage")]
         return {
             "terms": terms,
-            "levels": levels,
-            "stages": stages,
-            "finest": student.levels[0],
+            "levels": paired_levels(student, teacher, _weight_key(neck[0])) if neck else (),
+            "stages": _stages(cfg, student, teacher) if stage else (),
+            "finest": student.levels[0] if student.levels else None,
             "num_classes": student.num_classes,
-            "assign": node.ASSIGN,
-            "sampling": node.SAMPLING,
-            "temperatures": (node.OBJECT_TEMPERATURE, node.BACKGROUND_TEMPERATURE),
-            "cascade_stage": node.CASCADE_STAGE,
+            "neck_assign": cfg.NECK_ASSIGN,
+            "stage_assign": cfg.STAGE_ASSIGN,
+            "proposals_from": cfg.PROPOSALS_FROM,
+            "temperatures": (cfg.OBJECT_TEMPERATURE, cfg.BACKGROUND_TEMPERATURE),
+            "cascade_stage": cfg.CASCADE_STAGE,
         }
 
     def levels_of(self, term: str) -> int:
         return self.num_levels if term.startswith("neck") else 0
 
-    def forward(self, student, teacher, targets) -> Dict[str, Tensor]:
+    def forward(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Dict[str, Tensor]:
         losses = {}
         for part in (self.neck, self.stage, self.head):
             names = [f"{part.__name__}_object", f"{part.__name__}_background"]
@@ -313,45 +304,58 @@ class DeFeat(Distiller):
                 losses.update(zip(names, part(student, teacher, targets)))
         return {name: value for name, value in losses.items() if self.wants(name)}
 
-    def neck(self, student, teacher, targets) -> Tuple[Tensor, Tensor]:
+    def neck(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Tuple[Tensor, Tensor]:
         """Both terms of the FPN levels, (L,) each: one share of the mean per level."""
         ours = [student.features[level.name] for level, _ in self.levels]
         theirs = [teacher.features[level.name] for _, level in self.levels]
         adapted = [conv(x) for conv, x in zip(self.neck_adapters, ours)]
         return _shares_of_mean(adapted, theirs, self.masks(student, targets))
 
-    def stage(self, student, teacher, targets) -> Tuple[Tensor, Tensor]:
+    def stage(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Tuple[Tensor, Tensor]:
         """Both terms of the backbone stages, scalars."""
-        ours = [student.stages[stage.name] for stage, _ in self.stages]
-        theirs = [teacher.stages[stage.name] for _, stage in self.stages]
+        ours = [student.stage(Stage(stage.name)) for stage, _ in self.stages]
+        theirs = [teacher.stage(Stage(stage.name)) for _, stage in self.stages]
         # All boxes together, drawn on the finest level and brought to the size of each stage
         size = student.features[self.finest.name].shape[-2:]
-        (mask,) = object_masks(_boxes(targets), [size], [self.finest.stride], self.assign)
+        (mask,) = object_masks(_boxes(targets), [size], [self.finest.stride], self.stage_assign)
         masks = [F.interpolate(mask[:, None].float(), x.shape[-2:])[:, 0] for x in ours]
         adapted = [conv(x).relu() for conv, x in zip(self.stage_adapters, ours)]
         objects, backgrounds = _shares_of_mean(adapted, theirs, masks)
         return objects.sum(), backgrounds.sum()
 
-    def head(self, student, teacher, targets) -> Tuple[Tensor, Tensor]:
-        """Both terms of the RoI classes, scalars, on the proposals of :attr:`sampling`."""
+    def head(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Tuple[Tensor, Tensor]:
+        """Both terms of the RoI classes, scalars, on the proposals of :attr:`proposals_from`."""
         samplers = {"student": [student], "teacher": [teacher], "both": [student, teacher]}
         losses = []
-        for sampler in samplers[self.sampling]:
-            proposals = sampler.proposals_of(self.cascade_stage)
-            boxes = [p.proposal_boxes for p in proposals]
+        for sampler in samplers[self.proposals_from]:
+            regions = sampler.proposals(self.proposals)
             losses.append(
                 decoupled_classification(
-                    student.rois(boxes, self.cascade_stage).logits,
-                    teacher.rois(boxes, self.cascade_stage).logits,
-                    torch.cat([p.gt_classes for p in proposals]),
+                    student.regions(regions, self.predictions).logits,
+                    teacher.regions(regions, self.predictions).logits,
+                    torch.cat(regions.classes),
                     self.num_classes,
                     *self.temperatures,
                 )
             )
-        return tuple(sum(term) for term in zip(*losses))
+        return tuple(sum(values) for values in zip(*losses))
 
-    def masks(self, student, targets) -> List[Tensor]:
+    def maps(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Dict[str, Dict[str, Tensor]]:
+        if not self.levels:
+            return {}
+        pairs = zip(self.levels, self.masks(student, targets))
+        return {"objects": {ours.name: mask.float() for (ours, _), mask in pairs}}
+
+    def masks(self, student: StudentView, targets: List[Instances]) -> List[Tensor]:
         """Where objects are on each paired FPN level, (N, h, w) bool each."""
         sizes = [student.features[level.name].shape[-2:] for level, _ in self.levels]
         strides = [level.stride for level, _ in self.levels]
-        return object_masks(_boxes(targets), sizes, strides, self.assign)
+        return object_masks(_boxes(targets), sizes, strides, self.neck_assign)

@@ -3,24 +3,36 @@ https://arxiv.org/abs/2111.00674).
 
 The teacher's class scores say where features are rich. That score weights the imitation of FPN
 levels, and of class predictions. Formulas follow the authors' released code, which the paper's
-text agrees with as far as it could be checked.
+text agrees with as far as it could be checked: docs/methods/frs.md.
 
 Shapes: N images, C channels, A anchors per location, K classes, (h, w) the size of a level,
 L levels.
 """
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2kd.errors import UserError
-from d2kd.methods.adapters import conv_adapters
-from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
-from d2kd.methods.schedule import term_config
-from d2kd.modeling.families import paired_levels
+from d2kd.layers import as_float, as_target
+from d2kd.methods.core import DISTILLER_REGISTRY, Defaults, Distiller, conv_adapters, term
+from d2kd.schema import Key
+from d2kd.views import (
+    Dense,
+    Family,
+    Features,
+    LevelPair,
+    Reads,
+    StudentView,
+    TeacherView,
+    channels_of,
+    paired_levels,
+)
+from d2kd.views.pairs import ANCHORS, HEAD_CLASSES, check_same, check_same_anchors
 
 # Far below any sum of scores that a detector gives; only keeps 0 / 0 away.
 EPS = torch.finfo(torch.float32).eps
@@ -37,16 +49,10 @@ def feature_richness(logits: Tensor, centerness: Optional[Tensor] = None) -> Ten
     Returns:
         (N, h, w), in (0, 1), without gradient.
     """
-    score = logits.detach().float().amax(dim=1).sigmoid()
+    score = as_float(logits.detach()).amax(dim=1).sigmoid()
     if centerness is not None:
-        score = score * centerness.detach().float().squeeze(1).sigmoid()
+        score = score * as_float(centerness.detach()).squeeze(1).sigmoid()
     return score
-
-
-def _mean_over_score(value: Tensor, score: Tensor) -> Tensor:
-    """Sum of value (N, C, h, w) over channels and locations, weighted with score (N, h, w), over
-    the sum of the score. Not divided by C."""
-    return (value.sum(dim=1) * score).sum() / score.sum().clamp(min=EPS)
 
 
 def richness_imitation(adapted: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
@@ -60,8 +66,8 @@ def richness_imitation(adapted: Tensor, teacher: Tensor, score: Tensor) -> Tenso
     Returns:
         scalar: Σ S · Σ_c (t − φ(s))² / Σ S. Summed over channels, not averaged.
     """
-    difference = F.mse_loss(adapted.float(), teacher.detach().float(), reduction="none")
-    return _mean_over_score(difference, score)
+    difference = F.mse_loss(as_float(adapted), as_target(teacher, adapted), reduction="none")
+    return (difference.sum(dim=1) * score).sum() / score.sum().clamp(min=EPS)
 
 
 def richness_classification(
@@ -77,10 +83,14 @@ def richness_classification(
     Returns:
         scalar: Σ S · Σ_k BCE(σ(z_s), σ(z_t)) / Σ S. Its minimum is the teacher's entropy, not 0.
     """
+    # Weighted and summed by the loss itself, as these are the widest maps of a step
     loss = F.binary_cross_entropy_with_logits(
-        student_logits.float(), teacher_logits.detach().float().sigmoid(), reduction="none"
+        as_float(student_logits),
+        as_target(teacher_logits, student_logits).sigmoid(),
+        weight=score[:, None],
+        reduction="sum",
     )
-    return _mean_over_score(loss, score)
+    return loss / score.sum().clamp(min=EPS)
 
 
 @DISTILLER_REGISTRY.register()
@@ -90,88 +100,116 @@ class FRS(Distiller):
     On two-stage detectors the score and the predictions are the RPN's objectness.
     """
 
-    requires = {
-        "feature": Needs(student=("features",), teacher=("features", "dense")),
-        "cls": Needs(student=("dense",), teacher=("dense",)),
+    keys = {
+        "FEATURE": term(
+            0.005, "α of the released RetinaNet config; differs by detector", warmup_iters=500
+        ),
+        "CLS": term(
+            0.02, "β of the released RetinaNet config; differs by detector", warmup_iters=500
+        ),
+        "CENTERNESS": Key(
+            False,
+            "Multiply the score by the teacher's centerness (authors' development code, not "
+            "released)",
+        ),
+    }
+
+    defaults_of = {
+        "GeneralizedRCNN": Defaults(
+            {"FEATURE.WEIGHT": 0.002, "CLS.WEIGHT": 0.1}, "the authors', for Faster R-CNN"
+        ),
+        "RetinaNet": Defaults(
+            {"FEATURE.WEIGHT": 0.005, "CLS.WEIGHT": 0.02}, "the authors', for RetinaNet"
+        ),
+        "FCOS": Defaults({"FEATURE.WEIGHT": 0.01, "CLS.WEIGHT": 0.05}, "the authors', for FCOS"),
+        "PaperFCOS": Defaults({"FEATURE.WEIGHT": 0.01, "CLS.WEIGHT": 0.05}, "the authors'"),
+        "GFL": Defaults({"FEATURE.WEIGHT": 0.1, "CLS.WEIGHT": 0.05}, "the authors', for GFL"),
     }
 
     @configurable
     def __init__(
         self,
         *,
-        levels: Sequence[Tuple[int, int]],
-        channels: Sequence[Tuple[int, int]],
+        levels: Sequence[LevelPair],
         terms: Sequence[str] = ("feature", "cls"),
         centerness: bool = False,
     ):
         """
         Args:
-            levels: (student, teacher) indices of the FPN levels of equal stride, finest first.
-            channels: (student, teacher) channels of these levels.
+            levels: (student, teacher) FPN levels of equal stride, finest first.
             terms: which of "feature" and "cls" to compute.
             centerness: multiply the score by the teacher's centerness.
         """
         super().__init__(terms, num_levels=len(levels))
         self.levels = list(levels)
         self.centerness = centerness
-        self.adapters = conv_adapters(channels) if "feature" in terms else nn.ModuleList()
+        self.adapters = nn.ModuleList()
+        if "feature" in terms:
+            self.adapters = conv_adapters(channels_of(levels))
 
     @classmethod
-    def default_config(cls) -> CfgNode:
-        node = CfgNode()
-        # α and β of the released RetinaNet config; they differ by detector, see configs/frs
-        node.FEATURE = term_config(weight=0.005, warmup_iters=500)
-        node.CLS = term_config(weight=0.02, warmup_iters=500)
-        # Multiply the score by the teacher's centerness (authors' development code, not released)
-        node.CENTERNESS = False
-        return node
+    def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
+        reads = {
+            "feature": Reads(student=(Features(),), teacher=(Features(), Dense())),
+            "cls": Reads(student=(Dense(),), teacher=(Dense(),)),
+        }
+        return {term: reads[term] for term in cls.enabled_terms(node)}
 
     @classmethod
-    def from_config(cls, cfg, student, teacher) -> Dict:
-        node, terms = cls.node(cfg), cls.enabled_terms(cfg)
+    def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
+        return {
+            "levels": paired_levels(student, teacher, "DISTILL.FRS"),
+            "terms": cls.enabled_terms(cfg),
+            "centerness": cfg.CENTERNESS,
+        }
+
+    @classmethod
+    def check_pair(cls, node: CfgNode, student: Family, teacher: Family) -> None:
+        terms = cls.enabled_terms(node)
         if node.CENTERNESS and not teacher.dense_head.has_centerness:
             raise UserError(
                 f"DISTILL.FRS.CENTERNESS is True, but the teacher ({teacher.name}) predicts no "
                 "centerness: set it to False or take an FCOS or ATSS teacher"
             )
         if "cls" in terms:
-            student.dense_head.check_same_outputs(teacher.dense_head, "DISTILL.FRS.CLS.WEIGHT")
-        levels = paired_levels(student, teacher, "DISTILL.FRS")
-        return {
-            "levels": levels,
-            "channels": [
-                (student.levels[i].channels, teacher.levels[j].channels) for i, j in levels
-            ],
-            "terms": terms,
-            "centerness": node.CENTERNESS,
-        }
+            check_same(student, teacher, (HEAD_CLASSES, ANCHORS), "DISTILL.FRS.CLS.WEIGHT")
+            levels = paired_levels(student, teacher, "DISTILL.FRS")
+            check_same_anchors(student, teacher, levels, "DISTILL.FRS.CLS.WEIGHT")
 
-    def forward(self, student, teacher, targets) -> Dict[str, Tensor]:
+    def forward(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Dict[str, Tensor]:
         scores = self.scores(teacher)
         losses = {}
         if self.wants("feature"):
-            features_s = list(student.features.values())
-            features_t = list(teacher.features.values())
             losses["feature"] = torch.stack(
                 [
-                    richness_imitation(adapter(features_s[i]), features_t[j], score)
-                    for adapter, (i, j), score in zip(self.adapters, self.levels, scores)
+                    richness_imitation(
+                        adapter(student.features[ours.name]), teacher.features[theirs.name], score
+                    )
+                    for adapter, (ours, theirs), score in zip(self.adapters, self.levels, scores)
                 ]
             )
         if self.wants("cls"):
-            logits_s, logits_t = student.dense.logits, teacher.dense.logits
+            logits_s, logits_t = student.predictions.logits, teacher.predictions.logits
             losses["cls"] = torch.stack(
                 [
-                    richness_classification(logits_s[i], logits_t[j], score)
-                    for (i, j), score in zip(self.levels, scores)
+                    richness_classification(logits_s[ours.index], logits_t[theirs.index], score)
+                    for (ours, theirs), score in zip(self.levels, scores)
                 ]
             )
         return losses
 
-    def scores(self, teacher) -> List[Tensor]:
+    def maps(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Dict[str, Dict[str, Tensor]]:
+        names = [ours.name for ours, _ in self.levels]
+        return {"the teacher's score": dict(zip(names, self.scores(teacher)))}
+
+    def scores(self, teacher: TeacherView) -> List[Tensor]:
         """The score of each paired level, (N, h, w) each."""
-        dense = teacher.dense
+        logits, _, centerness = teacher.predictions
         return [
-            feature_richness(dense.logits[j], dense.centerness[j] if self.centerness else None)
-            for _, j in self.levels
+            feature_richness(logits[i], centerness[i] if self.centerness else None)
+            for i in (theirs.index for _, theirs in self.levels)
         ]

@@ -3,24 +3,33 @@ baseline that CrossKD (arXiv 2306.11369) is compared with, with the same losses.
 
 from typing import Dict, List
 
+from detectron2.config import CfgNode
 from torch import Tensor
 
-from d2kd.methods.dense_kd import DenseKD
-from d2kd.methods.distiller import DISTILLER_REGISTRY, Needs
+from d2kd.methods.core import DISTILLER_REGISTRY
+from d2kd.methods.core.dense_kd import DenseKD
+from d2kd.views import (
+    Assignment,
+    Dense,
+    Family,
+    Reads,
+    StudentView,
+    TeacherView,
+    View,
+)
 
 
 @DISTILLER_REGISTRY.register()
 class Mimicking(DenseKD):
     """The student's class, box and centerness predictions towards the teacher's."""
 
-    requires = {
-        "cls": Needs(student=("dense", "assignment"), teacher=("dense",)),
-        "bbox": Needs(student=("dense", "assignment"), teacher=("dense",)),
-        "centerness": Needs(student=("dense", "assignment"), teacher=("dense",)),
-    }
+    @classmethod
+    def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
+        reads = Reads(student=(Dense(), Assignment()), teacher=(Dense(),))
+        return dict.fromkeys(cls.enabled_terms(node), reads)
 
-    def predictions(self, student, teacher) -> Dict[str, List[Tensor]]:
-        return student.dense.predictions._asdict()
+    def predictions(self, student: StudentView, teacher: TeacherView) -> Dict[str, List[Tensor]]:
+        return student.predictions._asdict()
 
-    def coder(self, student, teacher):
-        return student.dense
+    def box_decoder(self, student: StudentView, teacher: TeacherView) -> View:
+        return student

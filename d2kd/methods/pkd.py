@@ -4,17 +4,26 @@ et al., NeurIPS 2022, https://arxiv.org/abs/2207.02039): imitation of standardis
 Shapes: N images, C channels, (h, w) the size of an FPN level, L levels.
 """
 
-from typing import Dict, Sequence, Tuple
+from typing import Dict, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from torch import Tensor, nn
+from detectron2.structures import Instances
+from torch import Tensor
 from torch.nn import functional as F
 
-from d2kd.methods.distiller import DISTILLER_REGISTRY, Distiller, Needs
-from d2kd.methods.schedule import term_config
-from d2kd.modeling.channel_statistics import transfer_statistics
-from d2kd.modeling.families import paired_levels
+from d2kd.layers import as_target, transfer_statistics
+from d2kd.methods.core import DISTILLER_REGISTRY, Defaults, Distiller, matching_adapters, term
+from d2kd.views import (
+    Family,
+    Features,
+    LevelPair,
+    Reads,
+    StudentView,
+    TeacherView,
+    channels_of,
+    paired_levels,
+)
 
 
 def standardize(features: Tensor) -> Tensor:
@@ -33,58 +42,54 @@ def pearson_imitation(student: Tensor, teacher: Tensor) -> Tensor:
         scalar: half the mean squared difference of the standardised maps, which is 1 minus the
         mean of the channels' Pearson correlations.
     """
-    return F.mse_loss(standardize(student), standardize(teacher.detach())) / 2
+    return F.mse_loss(standardize(student), standardize(as_target(teacher, student))) / 2
 
 
 @DISTILLER_REGISTRY.register()
 class PKD(Distiller):
     """Imitation of FPN levels in which only the shape of each channel counts, not its scale."""
 
-    requires = {"feature": Needs(student=("features",), teacher=("features",))}
+    keys = {"FEATURE": term(6.0, "For GFL; 2 for RetinaNet and FCOS, 1 for ATSS (CrossKD's code)")}
+
+    defaults_of = {
+        kind: Defaults({"FEATURE.WEIGHT": weight}, f"CrossKD's code, for {kind}")
+        for kind, weight in (
+            ("RetinaNet", 2.0),
+            ("FCOS", 2.0),
+            ("PaperFCOS", 2.0),
+            ("ATSS", 1.0),
+            ("GFL", 6.0),
+        )
+    }
 
     @configurable
-    def __init__(
-        self,
-        *,
-        levels: Sequence[Tuple[int, int]],
-        channels: Sequence[Tuple[int, int]],
-        terms: Sequence[str] = ("feature",),
-    ):
+    def __init__(self, *, levels: Sequence[LevelPair], terms: Sequence[str] = ("feature",)):
         """
         Args:
-            levels: (student, teacher) indices of the FPN levels of equal stride, finest first.
-            channels: (student, teacher) channels of these levels; where they differ, a trained
-                1×1 convolution maps one to the other.
+            levels: (student, teacher) FPN levels of equal stride, finest first; where their
+                channels differ, a trained 1×1 convolution maps one to the other.
             terms: "feature".
         """
         super().__init__(terms, num_levels=len(levels))
         self.levels = list(levels)
-        self.adapters = nn.ModuleList(
-            nn.Identity() if c_s == c_t else nn.Conv2d(c_s, c_t, 1) for c_s, c_t in channels
-        )
+        self.adapters = matching_adapters(channels_of(levels))
 
     @classmethod
-    def default_config(cls) -> CfgNode:
-        node = CfgNode()
-        # For GFL; 2 for RetinaNet and FCOS, 1 for ATSS
-        node.FEATURE = term_config(weight=6.0)
-        return node
+    def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
+        return {"feature": Reads(student=(Features(),), teacher=(Features(),))}
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student, teacher) -> Dict:
-        levels = paired_levels(student, teacher, "DISTILL.PKD")
+    def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
         return {
-            "levels": levels,
-            "channels": [
-                (student.levels[i].channels, teacher.levels[j].channels) for i, j in levels
-            ],
+            "levels": paired_levels(student, teacher, "DISTILL.PKD"),
             "terms": cls.enabled_terms(cfg),
         }
 
-    def forward(self, student, teacher, targets) -> Dict[str, Tensor]:
-        features_s, features_t = list(student.features.values()), list(teacher.features.values())
+    def forward(
+        self, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Dict[str, Tensor]:
         losses = [
-            pearson_imitation(adapter(features_s[i]), features_t[j])
-            for adapter, (i, j) in zip(self.adapters, self.levels)
+            pearson_imitation(adapter(student.features[ours.name]), teacher.features[theirs.name])
+            for adapter, (ours, theirs) in zip(self.adapters, self.levels)
         ]
         return {"feature": torch.stack(losses)}

@@ -1,25 +1,7 @@
-"""Teacher, student, and what is read of them."""
+"""Detectors and backbones that Detectron2 lacks."""
 
-# Importing registers the meta-architectures and backbones.
+# Importing registers them in Detectron2's registries.
 from . import backbone, meta_arch
-from .build import build_detector, build_model, build_teacher
-from .families import FAMILY_REGISTRY, Family, build_family
-from .teacher import Teacher
-from .teacher_student import TeacherStudent
-from .views import StudentView, TeacherView, View
+from .config import add_dense_detector_config
 
-__all__ = [
-    "FAMILY_REGISTRY",
-    "Family",
-    "StudentView",
-    "Teacher",
-    "TeacherStudent",
-    "TeacherView",
-    "View",
-    "backbone",
-    "build_detector",
-    "build_family",
-    "build_model",
-    "build_teacher",
-    "meta_arch",
-]
+__all__ = ["add_dense_detector_config", "backbone", "meta_arch"]

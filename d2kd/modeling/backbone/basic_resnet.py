@@ -5,8 +5,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
-from d2kd.errors import UserError
-
 
 @BACKBONE_REGISTRY.register()
 def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
@@ -15,16 +13,8 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     The stem and res2 have ``MODEL.BASIC_RESNET.WIDTH`` channels, every further stage twice those
     of the one before. ``MODEL.RESNETS.NORM``, ``MODEL.RESNETS.OUT_FEATURES`` and
     ``MODEL.BACKBONE.FREEZE_AT`` mean what they mean for Detectron2's own ResNets.
-
-    Raises:
-        UserError: if there are not four stages of at least one block.
     """
     blocks_per_stage = cfg.MODEL.BASIC_RESNET.BLOCKS_PER_STAGE
-    if len(blocks_per_stage) != 4 or min(blocks_per_stage) < 1:
-        raise UserError(
-            f"MODEL.BASIC_RESNET.BLOCKS_PER_STAGE is {list(blocks_per_stage)}: give four numbers "
-            "of at least 1, for res2 to res5"
-        )
     norm = cfg.MODEL.RESNETS.NORM
     channels = cfg.MODEL.BASIC_RESNET.WIDTH
     stem = BasicStem(in_channels=input_shape.channels, out_channels=channels, norm=norm)

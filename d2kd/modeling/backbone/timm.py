@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2kd.errors import UserError, nearest
 
-from .fpn import build_fpn, p6p7_from_p5
+from .fpn import build_fpn, build_fpn_p6p7
 
 STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}  # by stride, named as in a ResNet
 
@@ -19,18 +19,25 @@ STAGES = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}  # by stride, named as i
 class TimmBackbone(Backbone):
     """The feature maps of a timm model at strides 4 to 32, as "res2" to "res5"."""
 
-    def __init__(self, name: str, pretrained: bool = False, freeze_norm: bool = False):
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = False,
+        freeze_norm: bool = False,
+        drop_path_rate: float = 0.0,
+    ):
         """
         Args:
             name: of a timm model.
             pretrained: download its weights.
             freeze_norm: replace BatchNorm by Detectron2's FrozenBatchNorm2d.
+            drop_path_rate: share of residual branches that are dropped in training.
 
         Raises:
             UserError: if timm has no such model, or its weights cannot be had.
         """
         super().__init__()
-        body = _create(name, pretrained)
+        body = _create(name, pretrained, drop_path_rate)
         self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(body) if freeze_norm else body
         self._channels_last = str(getattr(body, "output_fmt", "")).endswith("NHWC")
         info = body.feature_info
@@ -52,10 +59,12 @@ class TimmBackbone(Backbone):
         return self._shapes
 
 
-def _create(name: str, pretrained: bool) -> nn.Module:
+def _create(name: str, pretrained: bool, drop_path_rate: float) -> nn.Module:
     if not timm.is_model(name):
         raise UserError(f"MODEL.TIMM.NAME is '{name}': {nearest(name, timm.list_models())}")
     options = {"features_only": True, "pretrained": pretrained}
+    if drop_path_rate:  # not every model knows it
+        options["drop_path_rate"] = drop_path_rate
     try:
         try:
             # What models with windows of fixed size need to take images of any size
@@ -88,7 +97,12 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """The timm model ``MODEL.TIMM.NAME``. With ``MODEL.RESNETS.NORM`` "FrozenBN" its BatchNorm is
     frozen; ``MODEL.BACKBONE.FREEZE_AT`` is not read."""
     node = cfg.MODEL.TIMM
-    return TimmBackbone(node.NAME, node.PRETRAINED, cfg.MODEL.RESNETS.NORM == "FrozenBN")
+    return TimmBackbone(
+        node.NAME,
+        node.PRETRAINED,
+        cfg.MODEL.RESNETS.NORM == "FrozenBN",
+        node.DROP_PATH_RATE,
+    )
 
 
 @BACKBONE_REGISTRY.register()
@@ -100,4 +114,23 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A timm model with an FPN for dense detectors; P6 and P7 are convolutions of P5."""
-    return build_fpn(cfg, build_timm_backbone(cfg, input_shape), p6p7_from_p5(cfg))
+    return build_fpn_p6p7(cfg, build_timm_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_p6p7_no_relu_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``build_timm_fpn_p6p7_backbone`` without the ReLU before P7."""
+    return build_fpn_p6p7(cfg, build_timm_backbone(cfg, input_shape), relu=False)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A timm model with an FPN for dense detectors; P6 is a convolution of res5, as in Detectron2's
+    RetinaNet."""
+    return build_fpn_p6p7(cfg, build_timm_backbone(cfg, input_shape), "res5")
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_retinanet_fpn_no_relu_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``build_timm_retinanet_fpn_backbone`` without the ReLU before P7."""
+    return build_fpn_p6p7(cfg, build_timm_backbone(cfg, input_shape), "res5", relu=False)

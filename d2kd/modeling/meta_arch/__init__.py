@@ -2,9 +2,8 @@
 
 # Importing registers them in Detectron2's META_ARCH_REGISTRY.
 from .atss import ATSS
-from .config import add_dense_detector_config
 from .fcos import FCOS
 from .gfl import GFL
 from .paper_fcos import PaperFCOS
 
-__all__ = ["ATSS", "FCOS", "GFL", "PaperFCOS", "add_dense_detector_config"]
+__all__ = ["ATSS", "FCOS", "GFL", "PaperFCOS"]

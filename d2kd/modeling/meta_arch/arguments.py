@@ -59,6 +59,8 @@ def _input_shapes(cfg: CfgNode, name: str, backbone: Backbone) -> List[ShapeSpec
             f"'{cfg.MODEL.BACKBONE.NAME}' has {', '.join(shapes)}: take levels that it has, or a "
             "backbone with P6 and P7 such as build_resnet_fpn_p6p7_backbone"
         )
+    if not cfg.MODEL[name].IN_FEATURES:
+        raise UserError(f"MODEL.{name}.IN_FEATURES is empty: name FPN levels, finest first")
     shapes = [shapes[level] for level in cfg.MODEL[name].IN_FEATURES]
     if cfg.MODEL[name].NORM == "GN" and shapes[0].channels % 32:
         raise UserError(

@@ -10,8 +10,9 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
+from d2kd.layers import centerness_targets, decode_positives, one_hot, paired_iou
+
 from .arguments import detector_arguments
-from .losses import centerness_targets, decode_positives, one_hot, paired_iou
 from .scaled_head import ScaledHead
 from .single_anchor import SingleAnchorDetector
 

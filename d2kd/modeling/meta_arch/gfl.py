@@ -7,15 +7,16 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
 
-from .arguments import detector_arguments
-from .integral import IntegralBoxTransform
-from .losses import (
+from d2kd.layers import (
     decode_positives,
     distribution_focal_loss,
     one_hot,
     paired_iou,
     quality_focal_loss,
 )
+
+from .arguments import detector_arguments
+from .integral import IntegralBoxTransform
 from .scaled_head import ScaledHead
 from .single_anchor import ANCHOR_SCALE, SingleAnchorDetector
 

@@ -8,13 +8,15 @@ from typing import List, Optional, Sequence
 
 import torch
 from detectron2.layers import batched_nms
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
+from d2kd.layers import flatten_anchors
 
-def flatten_predictions(levels: List[Tensor]) -> List[Tensor]:
-    """Puts a head's predictions into the order of the anchors, as float32.
+
+def float_predictions(levels: List[Tensor]) -> List[Tensor]:
+    """A head's predictions in the order of the anchors, as float32.
 
     Args:
         levels: (N, D, h, w) per level, one prediction per location.
@@ -22,7 +24,7 @@ def flatten_predictions(levels: List[Tensor]) -> List[Tensor]:
     Returns:
         (N, h x w, D) per level.
     """
-    return [permute_to_N_HWA_K(x, x.shape[1]).float() for x in levels]
+    return [x.float() for x in flatten_anchors(levels)]
 
 
 def detect(
@@ -43,7 +45,7 @@ def detect(
         per image "pred_boxes" in pixels of the padded input, "scores", "pred_classes".
     """
     anchors = detector.anchor_generator(features)
-    flat = [flatten_predictions(levels) for levels in predictions]
+    flat = [float_predictions(levels) for levels in predictions]
     results = []
     for i, image_size in enumerate(images.image_sizes):
         candidates = [
@@ -51,6 +53,8 @@ def detect(
             for level_anchors, *level in zip(anchors, *flat)
         ]
         found = Instances.cat(candidates)
+        # Boxes that clipping emptied would take places among the best and vanish afterwards.
+        found = found[found.pred_boxes.nonempty()]
         keep = batched_nms(
             found.pred_boxes.tensor, found.scores, found.pred_classes, detector.test_nms_thresh
         )
@@ -68,9 +72,10 @@ def _candidates(
 ) -> Instances:
     """What of one level of one image goes into NMS; predictions are (h x w, D)."""
     scores = logits.sigmoid().flatten()
-    scores, index = scores.topk(min(detector.test_topk_candidates, len(scores)))
-    chosen = scores > detector.test_score_thresh
-    scores, index = scores[chosen], index[chosen]
+    index = (scores > detector.test_score_thresh).nonzero()[:, 0]
+    # Sorted and cut, not topk: a traced model takes images of other sizes.
+    scores, order = scores[index].sort(descending=True)
+    scores, index = (x[: detector.test_topk_candidates] for x in (scores, index[order]))
     location = torch.div(index, logits.shape[1], rounding_mode="floor")
     boxes = Boxes(
         detector.box2box_transform.apply_deltas(deltas[location], anchors.tensor[location])

@@ -14,9 +14,13 @@ def integral(logits: Tensor, num_bins: int) -> Tensor:
     Returns:
         (..., S) in [0, B - 1].
     """
-    p = logits.unflatten(-1, (-1, num_bins)).softmax(dim=-1)
+    # Every shape is said, none inferred: ONNX cannot infer a side's from no boxes at all, and the
+    # sum of onnxruntime over no boxes keeps the bins.
+    sides = logits.shape[-1] // num_bins
+    p = logits.unflatten(-1, (sides, num_bins)).softmax(dim=-1)
     # Not a matrix product: mixed precision would run that in half precision.
-    return (p * torch.arange(num_bins, dtype=p.dtype, device=p.device)).sum(dim=-1)
+    means = (p * torch.arange(num_bins, dtype=p.dtype, device=p.device)).sum(dim=-1)
+    return means.reshape(*logits.shape[:-1], sides)
 
 
 class IntegralBoxTransform:

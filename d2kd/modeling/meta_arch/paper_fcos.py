@@ -12,10 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
-from .assign import assign_fcos, assigned_targets
-from .fcos import FCOS
-from .inference import detect
-from .losses import (
+from d2kd.layers import (
     centerness_targets,
     decode_positives,
     iou_log_loss,
@@ -23,6 +20,10 @@ from .losses import (
     one_hot,
     paired_iou,
 )
+
+from .assign import assign_fcos, assigned_targets
+from .fcos import FCOS
+from .inference import detect
 from .scaled_head import ScaledHead
 
 
@@ -64,7 +65,7 @@ class PaperFCOS(FCOS):
             assigned_targets(assign_fcos(anchors, gt.gt_boxes.tensor), gt, self.num_classes)
             for gt in gt_instances
         ]
-        return tuple(map(list, zip(*targets)))
+        return self.assigned(tuple(map(list, zip(*targets))))
 
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness

@@ -12,9 +12,10 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from d2kd.layers import mean_over_gpus
+
 from .assign import assign_atss, assigned_targets
-from .inference import detect, flatten_predictions
-from .losses import mean_over_gpus
+from .inference import detect, float_predictions
 from .visualize import visualize_predictions
 
 # Width of the anchors, in strides (ATSS, section 3)
@@ -70,6 +71,7 @@ class SingleAnchorDetector(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
         self.vis_period = vis_period
         self.input_format = input_format
+        self.assigned = nn.Identity()  # what label_anchors gives passes here, for forward hooks
 
     def forward_training(self, images, features, predictions, gt_instances) -> Dict[str, Tensor]:
         visualize_predictions(self, images, features, predictions, gt_instances)
@@ -79,7 +81,7 @@ class SingleAnchorDetector(DenseDetector):
             Boxes.cat(anchors).tensor,
             torch.stack(gt_labels),
             torch.stack(gt_boxes),
-            *[torch.cat(flatten_predictions(levels), dim=1) for levels in predictions],
+            *[torch.cat(float_predictions(levels), dim=1) for levels in predictions],
         )
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ class SingleAnchorDetector(DenseDetector):
             labels_i, boxes_i = assigned_targets(index, gt, self.num_classes)
             labels.append(labels_i.masked_fill(~valid, -1))
             boxes.append(boxes_i)
-        return labels, boxes
+        return self.assigned((labels, boxes))
 
     def _valid_anchors(self, anchors: List[Boxes], image_size: Tuple[int, int]) -> Tensor:
         """Anchors whose centre lies in the image, grown to a multiple of what the backbone asks

@@ -1,0 +1,95 @@
+"""Reading a checkpoint file of any kind, as data: nothing that a file holds is ever run."""
+
+import os
+import re
+import zipfile
+from typing import Any, Tuple
+
+import torch
+
+from .pickles import ForeignObject, read_pickle
+
+# What torch.save writes first: a zip archive, or (before 1.6, and for what MMDetection publishes) a
+# pickled number, of which these are the last bytes.
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"
+_OPENMMLAB = ("mmengine.", "mmcv.", "mmdet.", "mmrazor.")
+
+
+class Unreadable(Exception):
+    """A file is no checkpoint that d2kd reads; the message says why and what to do."""
+
+
+def read_file(path: str) -> Tuple[Any, bool]:
+    """
+    Args:
+        path: a file of the local disk. What it is, is read from its first bytes, whatever its name:
+            a checkpoint of torch in the zip or the old format, or a pickle of arrays.
+
+    Returns:
+        what it holds, tensors on the CPU; whether it is a pickle of arrays.
+
+    Raises:
+        Unreadable: if it is something else, is damaged, or holds objects that only code could
+            build.
+    """
+    with open(path, "rb") as f:
+        head = f.read(256)
+    if not head:
+        raise Unreadable("the file is empty, not a checkpoint")
+    if head.lstrip()[:1] == b"<":
+        raise Unreadable("is a web page, not a checkpoint: download the file that the page links")
+    try:
+        if head.startswith(_ZIP_MAGIC):
+            _check_archive(path)
+            return _torch_load(path), False
+        if _LEGACY_MAGIC in head[:32]:
+            return _torch_load(path), False
+        with open(path, "rb") as f:
+            return read_pickle(f), True
+    except Unreadable:
+        raise
+    except ForeignObject as e:
+        raise Unreadable(_foreign(str(e))) from e
+    except Exception as e:  # whatever a damaged file makes a reader raise
+        # The text of torch's own errors advises to switch its safe reading off.
+        raise Unreadable(
+            f"truncated, damaged or not a checkpoint ({type(e).__name__} while reading it, "
+            f"{os.path.getsize(path):,} bytes)"
+        ) from e
+
+
+def _torch_load(path: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(e))
+        if foreign is None:
+            raise
+        raise ForeignObject(foreign[1]) from e
+
+
+def _check_archive(path: str) -> None:
+    """The checksum of every record; torch does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise Unreadable("is a TorchScript program, not a checkpoint: save its state_dict")
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as e:
+        raise Unreadable(f"truncated or damaged, not a checkpoint ({e})") from e
+    if damaged is not None:
+        raise Unreadable(
+            f"damaged: the checksum of its record {damaged} is wrong (or it was saved without any, "
+            "by torch.serialization.set_crc32_options(False))"
+        )
+
+
+def _foreign(name: str) -> str:
+    remedy = "nothing in a file is run; save its tensors alone: {'model': model.state_dict()}"
+    if name.startswith(_OPENMMLAB):
+        remedy = (
+            "it comes straight from training: publish it with MMDetection's "
+            "tools/model_converters/publish_model.py, or save its 'state_dict' and 'meta' alone"
+        )
+    return f"holds objects that d2kd does not read: {name}; {remedy}"

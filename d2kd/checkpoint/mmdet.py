@@ -1,0 +1,143 @@
+"""MMDetection's state dicts (2.x and 3.x) as Detectron2's.
+
+RetinaNet, FCOS (as ``PaperFCOS``), ATSS, GFL, Faster, Mask and Cascade R-CNN on ResNets of either
+style with an FPN. Three values change: the order of RetinaNet's anchors; the scales of the levels,
+which are one tensor here; the biases of convolutions before GroupNorm, which are zeros here and
+absent there. FrozenBatchNorm2d holds BatchNorm's four tensors with the same eps, so nothing is
+folded.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Dict, Iterable, Mapping, Optional
+
+import torch
+from torch import Tensor
+
+from .files import Unreadable
+from .mmdet_config import anchor_counts
+from .mmdet_names import translate
+
+_HEADS = ("neck.", "bbox_head.", "rpn_head.", "roi_head.")
+# What training wrappers put before the detector's names: CrossKD and LD put nothing, MMRazor and
+# semi-supervised detectors one of these.
+_WRAPPERS = ("module.", "student.", "architecture.")
+_LEFT_OUT = {
+    r".*\.num_batches_tracked": "counts steps of training",
+    r"bbox_head\.integral\.project": "the numbers 0, 1, 2, ...",
+    r"(teacher|teacher_model|distiller)\..*": "not the student's",
+}
+_SCALE = re.compile(r"bbox_head\.scales\.(\d+)\.scale")
+_TOWER_WEIGHT = re.compile(r"head\.(cls|bbox)_subnet\.\d+\.weight")
+
+
+@dataclass
+class Converted:
+    """A state dict with Detectron2's names.
+
+    Attributes:
+        tensors: by Detectron2's names; what no rule knows keeps its own.
+        sources: Detectron2's name -> MMDetection's, None for the zeros of absent biases.
+        left_out: MMDetection's name -> why it is not needed.
+    """
+
+    tensors: Dict[str, Tensor] = field(default_factory=dict)
+    sources: Dict[str, Optional[str]] = field(default_factory=dict)
+    left_out: Dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: Tensor, source: Optional[str]) -> None:
+        self.tensors[name], self.sources[name] = tensor, source
+
+
+def is_mmdet(names: Iterable) -> bool:
+    """Whether the names of a state dict are those of a detector of MMDetection."""
+    return any(isinstance(name, str) and _strip(name).startswith(_HEADS) for name in names)
+
+
+def convert(state: Mapping[str, Tensor], meta: Optional[Mapping] = None) -> Converted:
+    """
+    Args:
+        state: MMDetection's state dict, not changed.
+        meta: what the file says of itself, for RetinaNets with unusual anchors.
+
+    Returns:
+        the same for Detectron2. Every name of ``state`` is among the sources or left out.
+
+    Raises:
+        Unreadable: for a backbone that d2kd lacks, or anchors whose order cannot be known.
+    """
+    result = Converted()
+    names = _detector_names(state, result.left_out)
+    _refuse_swin(names)
+    targets = translate(names)
+    for name, source in names.items():
+        if not _SCALE.fullmatch(name):
+            target = targets.get(name, source)
+            taken = target in result.tensors
+            result.add(source if taken else target, state[source], source)
+    _reorder_anchors(result, meta)
+    _stack_scales(names, state, result)
+    _add_zero_biases(result)
+    return result
+
+
+def _strip(name: str) -> str:
+    wrapper = next((w for w in _WRAPPERS if name.startswith(w)), None)
+    return name if wrapper is None else _strip(name[len(wrapper) :])
+
+
+def _detector_names(state: Mapping[str, Tensor], left_out: Dict[str, str]) -> Dict[str, str]:
+    """The names of the detector's parameters -> how the file calls them."""
+    wrapped = any(name.startswith(("student.", "architecture.")) for name in state)
+    names = {}
+    for source in state:
+        name = _strip(source)
+        reason = next((why for x, why in _LEFT_OUT.items() if re.fullmatch(x, name)), None)
+        if reason is None and wrapped and name == source:
+            reason = "not the student's"
+        if reason is None:
+            names[name] = source
+        else:
+            left_out[source] = reason
+    return names
+
+
+def _refuse_swin(names: Mapping[str, str]) -> None:
+    if "backbone.patch_embed.projection.weight" in names:
+        raise Unreadable(
+            "its backbone is MMDetection's Swin, which neither Detectron2 0.6 nor timm computes "
+            "(norms of the outputs, shifted windows in the last stage, padding before the shift): "
+            "take a teacher with a ResNet"
+        )
+
+
+def _reorder_anchors(result: Converted, meta: Optional[Mapping]) -> None:
+    """RetinaNet: MMDetection's anchors stand by ratio, then scale; Detectron2's by scale, then
+    ratio. Output channels (ratio, scale, d) -> (scale, ratio, d)."""
+    boxes = result.tensors.get("head.bbox_pred.weight")
+    names = [n for n, source in result.sources.items() if source and ".retina_" in source]
+    if boxes is None or not names:
+        return
+    ratios, scales = anchor_counts(meta, len(boxes) // 4)
+    for name in names:
+        by_ratio = result.tensors[name].unflatten(0, (ratios, scales, -1))
+        result.tensors[name] = by_ratio.transpose(0, 1).flatten(0, 2)
+
+
+def _stack_scales(names: Mapping[str, str], state: Mapping[str, Tensor], result: Converted) -> None:
+    """The learned scale of each FPN level: () each -> (L,)."""
+    levels = sorted(int(m[1]) for m in map(_SCALE.fullmatch, names) if m)
+    if levels:
+        sources = [names[f"bbox_head.scales.{level}.scale"] for level in levels]
+        scales = torch.stack([state[source].reshape(()) for source in sources])
+        result.add("head.scales", scales, ", ".join(sources))
+
+
+def _add_zero_biases(result: Converted) -> None:
+    """Convolutions before GroupNorm have no bias in MMDetection, but in Detectron2's heads."""
+    weights = {n: x for n, x in result.tensors.items() if _TOWER_WEIGHT.fullmatch(n)}
+    convs = [n[: -len(".weight")] for n, x in weights.items() if x.dim() == 4]
+    with_norm = len(convs) < len(weights)
+    if with_norm and not any(f"{conv}.bias" in result.tensors for conv in convs):
+        for conv in convs:
+            result.add(f"{conv}.bias", torch.zeros(len(weights[f"{conv}.weight"])), None)

@@ -1,0 +1,320 @@
+"""What is wrong in annotations in COCO's instances format, looked up in the file itself: what loads
+it drops some of these, and ends in a traceback over others.
+
+B boxes are four finite numbers, (x, y, width, height) in pixels.
+"""
+
+import contextlib
+import functools
+import io
+from collections import Counter
+from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+
+import numpy as np
+from detectron2.structures import BoxMode
+from pycocotools.coco import COCO
+
+from d2kd.data.findings import ERROR, WARNING, Finding
+
+_NUMBERS = frozenset((int, float))
+_MOST = 1e12  # more is no coordinate; NaN and infinity are not below it either
+_IDS = ("id", "image_id", "category_id")
+# Pixels by which a box may leave its image: boxes are rounded
+_SLACK = 1.0
+# Pixels; Detectron2 drops boxes whose width or height is not above it
+EMPTY_SIDE = 1e-5
+# Of a file's boxes that look relative, or like corners, for the whole file to be so
+_ALL = 0.99
+# Of a file's boxes that leave their image far, if they are corners: about half are expected to
+_SOME, _FAR = 0.1, 1.1
+
+
+class _Boxes(NamedTuple):
+    """The boxes that are four finite numbers."""
+
+    values: np.ndarray  # (B, 4)
+    sizes: np.ndarray  # (B, 2), width and height of their images
+    annotations: Sequence[Mapping[str, Any]]  # B
+
+
+def check_annotations(
+    data: Any, path: str, evaluated: bool = False, masks: bool = False
+) -> List[Finding]:
+    """
+    Args:
+        data: what the file holds.
+        path: the file, for messages.
+        evaluated: COCO's evaluation reads it, and needs more.
+        masks: every annotation needs a segmentation.
+
+    Returns:
+        what is wrong, in the order of the file. Without a list of images or of categories nothing
+        else is looked up.
+    """
+    lists = [*_missing_lists(data, path)]
+    if evaluated and isinstance(data, dict) and "info" not in data and _needs_info():
+        text = "has no 'info', which this version of pycocotools needs: add \"info\": {}"
+        lists.append(Finding("no info", ERROR, path, text))
+    if any(finding.severity == ERROR for finding in lists):
+        return lists
+    images, annotations = data["images"], data.get("annotations", [])
+    broken_images = [*_images(images, path)]
+    findings = [
+        *lists,
+        *broken_images,
+        *_ids(annotations, path),
+        *_references(data, path),
+        *_needed(annotations, path, evaluated, masks),
+    ]
+    are_boxes = [_is_box(a.get("bbox")) for a in annotations]
+    findings += [_no_box(a, path) for a, is_box in zip(annotations, are_boxes) if not is_box]
+    if not any(finding.severity == ERROR for finding in broken_images):
+        with_box = [a for a, is_box in zip(annotations, are_boxes) if is_box]
+        findings += _placement(_boxes(images, with_box), path)
+    return findings
+
+
+@functools.cache
+def _needs_info() -> bool:
+    """Whether the pycocotools that is installed cannot evaluate against a file without 'info'."""
+    coco = COCO()
+    coco.dataset = {"images": [{"id": 1}], "annotations": [], "categories": []}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+            coco.loadRes([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1.0}])
+    except KeyError:
+        return True
+    return False
+
+
+def _missing_lists(data: Any, path: str) -> Iterator[Finding]:
+    remedy = "is it in COCO's instances format?"
+    if not isinstance(data, dict):
+        text = f"holds a {type(data).__name__}, not an object with 'images' and so on: {remedy}"
+        yield Finding("file of another kind", ERROR, path, text)
+        return
+    for key in ("images", "categories", "annotations"):
+        entries = data.get(key)
+        if key == "annotations" and key not in data:
+            text = "has no 'annotations': detections on it are saved, but nothing is evaluated"
+            yield Finding("no annotations", WARNING, path, text)
+        elif not isinstance(entries, list):
+            found = f"is a {type(entries).__name__}" if key in data else "is missing"
+            yield Finding("list missing", ERROR, path, f"the list '{key}' {found}: {remedy}")
+        elif not all(isinstance(entry, dict) for entry in entries):
+            text = f"not all of '{key}' are objects with keys: {remedy}"
+            yield Finding("entry of another kind", ERROR, path, text)
+        elif any(isinstance(e.get(k), (list, dict)) for k in _IDS for e in entries):
+            text = f"an id in '{key}' is a list or an object, expected a number"
+            yield Finding("entry of another kind", ERROR, path, text)
+    if data.get("annotations") == []:
+        text = "its 'annotations' are empty: there is nothing to learn from or to evaluate against"
+        yield Finding("no annotations", WARNING, path, text)
+
+
+def _images(images: Sequence[Any], path: str) -> Iterator[Finding]:
+    """Of the entries of images, not of their files."""
+    for position, image in enumerate(images):
+        if "id" not in image:
+            text = f"number {position} of 'images' has no 'id'"
+            yield Finding("image without an id", ERROR, path, text)
+            continue
+        name, sides = image.get("file_name"), [image.get("width"), image.get("height")]
+        if not isinstance(name, str) or not name:
+            text = f"its 'file_name' is {name!r}, expected a path below the folder of the images"
+            yield Finding("image without a file name", ERROR, path, text, image["id"])
+        if not all(type(side) is int and side > 0 for side in sides):
+            text = f"'width' and 'height' are {sides}, expected pixels"
+            yield Finding("image without a size", ERROR, path, text, image["id"])
+    yield from _twice(images, path, "id", "images", "only one of them would be used")
+    consequence = "it would be learned so many times"
+    yield from _twice(images, path, "file_name", "images", consequence, WARNING)
+
+
+def _twice(
+    entries: Sequence[Mapping[str, Any]],
+    path: str,
+    key: str,
+    what: str,
+    consequence: str,
+    severity: str = ERROR,
+) -> Iterator[Finding]:
+    values = [entry[key] for entry in entries if key in entry]
+    if len(set(values)) == len(values):
+        return
+    for value, number in Counter(values).items():
+        if number > 1:
+            text = f"{number} {what} have the '{key}' {value!r}: {consequence}"
+            yield Finding(f"duplicate {key} of {what}", severity, path, text)
+
+
+def _ids(annotations: Sequence[Mapping[str, Any]], path: str) -> Iterator[Finding]:
+    # Detectron2 accepts duplicates in COCO's own minival files, which have some
+    severity = WARNING if "minival" in path else ERROR
+    consequence = "only one of them would be evaluated"
+    yield from _twice(annotations, path, "id", "annotations", consequence, severity)
+    for position, annotation in enumerate(annotations):
+        if "id" not in annotation:
+            text = f"number {position} of 'annotations' has no 'id': give each its own number"
+            yield Finding("annotation without an id", ERROR, path, text, annotation.get("image_id"))
+
+
+def _references(data: Mapping[str, Any], path: str) -> Iterator[Finding]:
+    images = {image.get("id") for image in data["images"]}
+    names = {category.get("id"): category.get("name") for category in data["categories"]}
+    yield from _categories(data["categories"], path)
+    annotations = data.get("annotations", [])
+    for a in annotations:
+        if a.get("category_id") not in names:
+            text = f"its 'category_id' is {a.get('category_id')!r}, which no category has"
+            yield _of("unknown category", ERROR, path, text, a)
+        if a.get("image_id") not in images:
+            severity = WARNING if "image_id" in a else ERROR
+            text = f"its 'image_id' is {a.get('image_id')!r}, which no image has: it is left out"
+            yield _of("annotation of no image", severity, path, text, a)
+    used = {a.get("category_id") for a in annotations}
+    for name in [name for id, name in names.items() if used and id not in used]:
+        text = f"'{name}' is in 'categories', but no annotation has it"
+        yield Finding("class without boxes", WARNING, path, text)
+
+
+def _categories(categories: Sequence[Mapping[str, Any]], path: str) -> Iterator[Finding]:
+    if not categories:
+        yield Finding("no class", ERROR, path, "its 'categories' are empty: name the classes")
+    for position, category in enumerate(categories):
+        if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
+            text = f"number {position} of 'categories' lacks 'id' or 'name': {category!r:.80}"
+            yield Finding("category without id and name", ERROR, path, text)
+    yield from _twice(categories, path, "id", "categories", "only one of them would be used")
+
+
+def _needed(
+    annotations: Sequence[Mapping[str, Any]], path: str, evaluated: bool, masks: bool
+) -> Iterator[Finding]:
+    for key in ("area", "iscrowd") if evaluated else ():
+        for a in annotations:
+            if key not in a:
+                text = f"has no '{key}', which COCO's evaluation needs"
+                yield _of(f"annotation without {key}", ERROR, path, text, a)
+    for a in annotations:
+        if masks and not a.get("segmentation"):
+            text = "has no 'segmentation', which MODEL.MASK_ON needs"
+            yield _of("annotation without segmentation", ERROR, path, text, a)
+        if type(a.get("area", 0)) not in _NUMBERS:
+            text = f"its 'area' is {a['area']!r:.40}, expected square pixels"
+            yield _of("area that is no number", ERROR, path, text, a)
+        if a.get("iscrowd", 0) not in (0, 1):
+            text = f"its 'iscrowd' is {a['iscrowd']!r:.40}, expected 0 or 1"
+            yield _of("iscrowd that is not 0 or 1", ERROR, path, text, a)
+        if a.get("ignore"):
+            text = "has 'ignore', which Detectron2 refuses: remove it, or make it 'iscrowd'"
+            yield _of("annotation to be ignored", ERROR, path, text, a)
+
+
+def _is_box(box: Any) -> bool:
+    """Whether it is four finite numbers."""
+    if not _is_four_numbers(box):
+        return False
+    x, y, width, height = box
+    return -_MOST < x + y < _MOST and -_MOST < width + height < _MOST
+
+
+def _is_four_numbers(box: Any) -> bool:
+    return isinstance(box, (list, tuple)) and len(box) == 4 and _NUMBERS.issuperset(map(type, box))
+
+
+def _no_box(a: Mapping[str, Any], path: str) -> Finding:
+    expected = "expected [x, y, width, height] in pixels"
+    if "bbox" not in a:
+        return _of("box missing", ERROR, path, f"has no 'bbox', {expected}", a)
+    box = a["bbox"]
+    kind = "box that is not finite" if _is_four_numbers(box) else "box that is not four numbers"
+    return _of(kind, ERROR, path, f"'bbox' is {box!r:.80}, {expected}", a)
+
+
+def _boxes(images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> _Boxes:
+    """
+    Args:
+        annotations: whose boxes are four finite numbers.
+    """
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    placed = [a for a in annotations if a.get("image_id") in sizes]
+    values = np.array([a["bbox"] for a in placed], dtype=np.float64).reshape(-1, 4)
+    image_sizes = np.array([sizes[a["image_id"]] for a in placed], dtype=np.float64)
+    return _Boxes(values, image_sizes.reshape(-1, 2), placed)
+
+
+def _placement(boxes: _Boxes, path: str) -> Iterator[Finding]:
+    """Boxes that are numbers, but not where a box should be."""
+    if not len(boxes.values):
+        return
+    corner, sides, sizes = boxes.values[:, :2], boxes.values[:, 2:], boxes.sizes
+    end = corner + sides
+    relative = (boxes.values >= 0).all(1) & (boxes.values <= 1).all(1) & (sizes > 2).all(1)
+    as_corners = (corner >= 0).all(1) & (sides > corner).all(1) & (sides <= sizes + _SLACK).all(1)
+    leaves = ((corner < -_SLACK) | (end > sizes + _SLACK)).any(1)
+    far = (end > _FAR * sizes).any(1) & leaves
+    if _mostly(relative):
+        yield _whole("boxes relative to the image", path, boxes, relative, "multiply by its size")
+        return
+    if _mostly(as_corners & ~relative) and far.mean() >= _SOME:
+        remedy = "subtract x1 and y1 from the last two numbers"
+        yield _whole("boxes that are corners x1, y1, x2, y2", path, boxes, far, remedy)
+        return
+    empty = (sides <= EMPTY_SIDE).any(1)
+    outside = (np.minimum(end, sizes) - np.maximum(corner, 0) <= EMPTY_SIDE).any(1)
+    corners = as_corners & far
+    for kind, which in (
+        ("box between 0 and 1, perhaps relative", relative & ~empty),
+        ("box without area", empty),
+        ("box outside of its image", outside & ~empty),
+        ("box that leaves its image, perhaps corners", corners & ~outside & ~empty),
+        ("box that leaves its image", leaves & ~corners & ~outside & ~empty),
+    ):
+        for i in np.flatnonzero(which).tolist():
+            yield _of(kind, WARNING, path, _described(boxes, i), boxes.annotations[i])
+
+
+def _mostly(which: np.ndarray) -> bool:
+    return bool(which.mean() >= _ALL)
+
+
+def _described(boxes: _Boxes, i: int) -> str:
+    width, height = boxes.sizes[i].astype(int).tolist()
+    box = ", ".join(f"{x:g}" for x in boxes.values[i])
+    return f"'bbox' is [{box}] in an image of {width} x {height}"
+
+
+def _whole(kind: str, path: str, boxes: _Boxes, which: np.ndarray, remedy: str) -> Finding:
+    i = int(np.flatnonzero(which)[0])
+    text = f"{_described(boxes, i)}, and the others are alike, expected [x, y, width, height] in"
+    return _of(kind, ERROR, path, f"{text} pixels: {remedy}", boxes.annotations[i])
+
+
+def _of(kind: str, severity: str, path: str, text: str, a: Mapping[str, Any]) -> Finding:
+    return Finding(kind, severity, path, text, a.get("image_id"), a.get("id"))
+
+
+def as_annotations(dicts: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Mapping[str, Any]:
+    """Dicts in Detectron2's format as the content of a file in COCO's. What is no box stays so.
+
+    Args:
+        dicts: of a registered data set.
+        classes: its class names.
+    """
+    images: List[Mapping[str, Any]] = []
+    annotations: List[Mapping[str, Any]] = []
+    for d in dicts:
+        id = d.get("image_id", d.get("file_name"))
+        images.append({**{k: d[k] for k in ("file_name", "width", "height") if k in d}, "id": id})
+        for a in d.get("annotations", ()):
+            box = a.get("bbox")
+            if _is_four_numbers(box) and "bbox_mode" in a:
+                box = BoxMode.convert(list(box), a["bbox_mode"], BoxMode.XYWH_ABS)
+            placed = {"id": len(annotations), "image_id": id}
+            annotations.append({**a, **({"bbox": box} if "bbox" in a else {}), **placed})
+    numbers = {a.get("category_id") for a in annotations}
+    known: List[Tuple[int, str]] = list(enumerate(classes)) or [(n, str(n)) for n in numbers]
+    categories = [{"id": number, "name": name} for number, name in known]
+    return {"images": images, "annotations": annotations, "categories": categories}

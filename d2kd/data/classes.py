@@ -1,0 +1,15 @@
+"""The classes of data sets."""
+
+from typing import Sequence, Tuple
+
+from detectron2.data import MetadataCatalog
+
+
+def class_names_of(names: Sequence[str]) -> Tuple[str, ...]:
+    """The classes of the first of some data sets, in order; none if they are not known before it is
+    loaded.
+
+    Args:
+        names: of registered data sets.
+    """
+    return tuple(MetadataCatalog.get(names[0]).get("thing_classes", ())) if names else ()

@@ -1,0 +1,133 @@
+"""What is wrong with the files of images: each is read as training would read it."""
+
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
+
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from d2kd.data.findings import ERROR, WARNING, Finding
+from d2kd.errors import reason
+
+# Pillow's modes of more than 8 bits per channel, of which Detectron2 makes white where they exceed
+# 255. (A colour PNG of 16 bits is none of these: Pillow keeps its upper 8.)
+_DEEP = ("I", "F")
+_EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+
+
+class ImageProblem(NamedTuple):
+    """What is wrong with the file of an image."""
+
+    kind: str
+    message: str
+    severity: str = ERROR
+
+
+def too_deep(path: str) -> Optional[ImageProblem]:
+    """Whether Detectron2 would make white of an image in silence. Only its header is read.
+
+    Args:
+        path: of an image.
+
+    Returns:
+        None also if it cannot be opened, which reading it will say.
+    """
+    try:
+        with PathManager.open(path, "rb") as f, Image.open(f) as image:
+            mode = image.mode
+    except Exception:
+        return None
+    if not mode.startswith(_DEEP):
+        return None
+    return ImageProblem(
+        "image of 16 bits",
+        f"has more than 8 bits per channel (Pillow's mode {mode}), of which Detectron2 would make "
+        "white: write it with 8 bits, scaled as you choose",
+    )
+
+
+def check_image(entry: Mapping[str, Any]) -> Optional[ImageProblem]:
+    """
+    Args:
+        entry: a dict in Detectron2's format.
+
+    Returns:
+        why its image cannot be used, or what is odd about it; None if it can, or if the dict names
+        none.
+    """
+    path = entry.get("file_name")
+    if path is None:
+        return None
+    if not PathManager.isfile(path):
+        return ImageProblem("image missing", "does not exist")
+    with PathManager.open(path, "rb") as f:
+        empty = not f.read(1)
+    if empty:
+        return ImageProblem("image of 0 bytes", "is empty: copy it again")
+    return too_deep(path) or _unreadable_or_odd(path, entry)
+
+
+def _unreadable_or_odd(path: str, entry: Mapping[str, Any]) -> Optional[ImageProblem]:
+    try:
+        with PathManager.open(path, "rb") as f, Image.open(f) as image:
+            orientation, raw = image.getexif().get(_EXIF_ORIENTATION, 1), image.size
+        height, width = read_image(path, "BGR").shape[:2]
+    except UnidentifiedImageError:
+        return ImageProblem("file that is no image", "is no image that Pillow knows")
+    except Exception as error:  # whatever a decoder makes of a broken file
+        return ImageProblem("image that cannot be decoded", f"is damaged ({reason(error)})")
+    expected = (entry.get("width", width), entry.get("height", height))
+    if expected != (width, height):
+        return _other_size((width, height), expected, raw, orientation)
+    if orientation in (*range(2, 9),):
+        text = f"EXIF orientation {orientation} is applied on reading: its boxes must be of the "
+        return ImageProblem("image with an EXIF orientation", text + "upright image", WARNING)
+    return None
+
+
+def _other_size(found: tuple, expected: tuple, raw: tuple, orientation: int) -> ImageProblem:
+    sizes = f"is {found[0]} x {found[1]}, its annotations say {expected[0]} x {expected[1]}"
+    if orientation in _SIDEWAYS and expected == raw:
+        text = (
+            f"{sizes}, the size before its EXIF orientation {orientation} is applied: turn the "
+            "pixels and remove the tag, or annotate the upright image"
+        )
+        return ImageProblem("image turned by EXIF", text)
+    return ImageProblem("image of another size", f"{sizes}: correct 'width' and 'height'")
+
+
+class _Images(Dataset):
+    def __init__(self, dicts: Sequence[Mapping[str, Any]]):
+        self.dicts = dicts
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, index: int) -> Optional[ImageProblem]:
+        return check_image(self.dicts[index])
+
+
+def check_images(
+    dicts: Sequence[Mapping[str, Any]], processes: int = 0, name: str = ""
+) -> List[Finding]:
+    """Opens every image, with a bar of progress where there is a terminal.
+
+    Args:
+        dicts: in Detectron2's format.
+        processes: that open images beside this one; 0 opens them in this one.
+        name: of the data set, for the bar.
+    """
+    loader = DataLoader(_Images(dicts), batch_size=None, num_workers=processes, collate_fn=_same)
+    problems = tqdm(loader, total=len(dicts), desc=name, unit="image", disable=None)
+    return [
+        Finding(found.kind, found.severity, d["file_name"], found.message, d.get("image_id"))
+        for d, found in zip(dicts, problems)
+        if found is not None
+    ]
+
+
+def _same(problem: Optional[ImageProblem]) -> Optional[ImageProblem]:
+    return problem

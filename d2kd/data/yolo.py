@@ -1,0 +1,147 @@
+"""Data sets in YOLO's layout: a YAML that names the classes and where the images are, and a text
+file of boxes per image, which globox reads."""
+
+import hashlib
+import os
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import yaml
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from d2kd.errors import UserError
+
+_IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_ORIENTATION = 0x0112  # the EXIF tag
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # its values that swap width and height
+
+
+class YoloSplit(NamedTuple):
+    """One split of a data set."""
+
+    images: Tuple[str, ...]  # paths
+    classes: Tuple[str, ...]  # names, in the order of their numbers
+    digest: str  # of the YAML and all text files
+
+
+def open_split(path: str, split: str) -> YoloSplit:
+    """
+    Args:
+        path: of the YAML, with ``names`` and, per split, a folder of images, a text file of their
+            paths, or a list of these; relative to ``path`` in it, or else to its own folder.
+        split: ``train``, ``val`` ...
+
+    Raises:
+        UserError: if the YAML lacks these, or something that it names is not there.
+    """
+    with open(path, "rb") as f:
+        text = f.read()
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not content.get(split):
+        raise UserError(f"{path} has no '{split}': give the key that says where the images are")
+    classes = _classes(content.get("names"), path)
+    root = os.path.join(os.path.dirname(path), str(content.get("path") or ""))
+    places = content[split] if isinstance(content[split], list) else [content[split]]
+    images = tuple(x for place in places for x in _images(os.path.join(root, str(place)), path))
+    digest = hashlib.sha256(text)
+    for image in images:
+        digest.update(os.path.basename(image).encode())
+        label = _label_file(image)
+        if os.path.isfile(label):
+            with open(label, "rb") as f:
+                digest.update(f.read())
+    return YoloSplit(images, classes, digest.hexdigest())
+
+
+def load_yolo(path: str, split: str) -> List[Dict[str, Any]]:
+    """The split in Detectron2's format. An image without a text file has no objects.
+
+    Raises:
+        UserError: see :func:`open_split`; or if globox is not installed, or a text file has a line
+            that is no box of a known class.
+    """
+    opened = open_split(path, split)
+    return [_entry(i, image, len(opened.classes)) for i, image in enumerate(opened.images)]
+
+
+def _classes(names: Any, path: str) -> Tuple[str, ...]:
+    if isinstance(names, dict):
+        names = [names.get(i) for i in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
+        raise UserError(f"{path}: 'names' is {names!r:.60}: give the classes in order, from 0")
+    return tuple(names)
+
+
+def _images(place: str, path: str) -> List[str]:
+    if os.path.isdir(place):
+        found = sorted(os.path.join(place, name) for name in os.listdir(place))
+        return [x for x in found if x.lower().endswith(_IMAGES)]
+    if os.path.isfile(place):
+        with open(place, errors="replace") as f:
+            lines = [line.strip() for line in f]
+        return [os.path.join(os.path.dirname(place), line) for line in lines if line]
+    raise UserError(f"{path} names {place}, which does not exist: give a folder of images")
+
+
+def _label_file(image: str) -> str:
+    """Beside the image, or in the folder ``labels`` that stands for its folder ``images``."""
+    before, images, after = image.rpartition(f"{os.sep}images{os.sep}")
+    image = f"{before}{os.sep}labels{os.sep}{after}" if images else image
+    return f"{os.path.splitext(image)[0]}.txt"
+
+
+def _entry(number: int, image: str, num_classes: int) -> Dict[str, Any]:
+    try:
+        width, height = _size(image)
+    except OSError as error:
+        raise UserError(f"image {image} cannot be read ({error}): repair it") from error
+    label = _label_file(image)
+    boxes = _boxes(label, (width, height), num_classes) if os.path.isfile(label) else []
+    return {
+        "file_name": image,
+        "image_id": number,
+        "width": width,
+        "height": height,
+        "annotations": boxes,
+    }
+
+
+def _size(image: str) -> Tuple[int, int]:
+    """Width and height of the upright image; its pixels are not read."""
+    with Image.open(image) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(_ORIENTATION) in _ON_THEIR_SIDE
+    return (height, width) if turned else (width, height)
+
+
+def _boxes(label: str, size: Tuple[int, int], num_classes: int) -> List[Dict[str, Any]]:
+    try:
+        from globox import Annotation
+        from globox.errors import ParsingError
+    except ImportError as error:
+        raise UserError("YOLO's layout is read by globox: pip install 'd2kd[yolo]'") from error
+    try:
+        found = Annotation.from_yolo_v5(label, image_size=size).boxes
+    except (ParsingError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{label} cannot be read ({error}): expected 'class x y width height' per line, the "
+            "class by its number, the box relative to the image"
+        ) from error
+    for box in found:
+        if not (box.label.isdigit() and int(box.label) < num_classes):
+            raise UserError(
+                f"{label} has the class '{box.label}', expected a number below {num_classes}, the "
+                "number of 'names'"
+            )
+    return [
+        {
+            "bbox": list(box.ltrb),
+            "bbox_mode": BoxMode.XYXY_ABS,
+            "category_id": int(box.label),
+            "iscrowd": 0,
+        }
+        for box in found
+    ]

@@ -1,0 +1,7 @@
+"""Teacher and student together: building a pair, and a training step of it."""
+
+from .build import build_detector, build_model, build_teacher
+from .teacher import Teacher
+from .teacher_student import TeacherStudent
+
+__all__ = ["Teacher", "TeacherStudent", "build_detector", "build_model", "build_teacher"]

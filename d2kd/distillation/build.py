@@ -1,0 +1,329 @@
+"""From a config to a teacher–student model, or to the plain student."""
+
+import logging
+import os
+import traceback
+from typing import Callable, Dict, NamedTuple, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import DictConfig
+from torch import nn
+
+from d2kd.checkpoint import load_teacher_weights
+from d2kd.config import add_distill_config, check_config, load_yaml
+from d2kd.data.classes import class_names_of
+from d2kd.errors import UserError, nearest, reason
+from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
+from d2kd.methods import DISTILLER_REGISTRY, Distiller
+from d2kd.methods.core import TermSchedule
+from d2kd.model_zoo import resolve_config, shipped_weights, trained_weights, zoo_weights
+from d2kd.modeling.backbone import check_p7
+from d2kd.views import (
+    CannotRead,
+    Family,
+    Proposals,
+    Reads,
+    Regions,
+    Stage,
+    Tower,
+    build_family,
+)
+
+from .rebuild import Options, rebuild
+from .report import pair_report
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+class TeacherSource(NamedTuple):
+    """A teacher before its weights are read."""
+
+    detector: nn.Module  # as initialised, on the CPU
+    input_format: str  # channel order of its images
+    weights: str  # where they are
+
+
+def build_detector(cfg: CfgNode, source: str = "the student's config") -> nn.Module:
+    """The detector that ``MODEL.META_ARCHITECTURE`` names, or that a Python config describes, on
+    ``MODEL.DEVICE``.
+
+    Args:
+        cfg: of the detector.
+        source: where it comes from, for messages.
+
+    Raises:
+        UserError: if the name is unknown, the device is not there, or Detectron2 refuses to build
+            what the config describes.
+    """
+    device = _device(cfg)
+    detector = _build_architecture(cfg, source)
+    return detector.to(device)
+
+
+def _device(cfg: CfgNode) -> torch.device:
+    name = cfg.MODEL.DEVICE
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE is '{name}': give cpu, cuda or cuda:<number>") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = f"torch sees {torch.cuda.device_count()}" if torch.cuda.device_count() else ""
+        raise UserError(
+            f"MODEL.DEVICE is '{name}' but no {'such ' if there else ''}CUDA device is available"
+            f"{f' ({there})' if there else ''}: add 'MODEL.DEVICE cpu' at the end of the command"
+        )
+    return device
+
+
+def _build_architecture(cfg: CfgNode, source: str) -> nn.Module:
+    if is_lazy(cfg):
+        return _instantiated(lazy_config(cfg).model, source)
+    name = cfg.MODEL.META_ARCHITECTURE
+    known = [k for k, _ in META_ARCH_REGISTRY if k != "TeacherStudent"]  # it is put around one
+    if name not in known:
+        raise UserError(f"MODEL.META_ARCHITECTURE is '{name}': {nearest(name, known)}")
+    detector = _built(lambda: META_ARCH_REGISTRY.get(name)(cfg), name, source)
+    check_p7(cfg, getattr(detector, "backbone", None))
+    return detector
+
+
+def _built(build: Callable[[], nn.Module], name: str, source: str) -> nn.Module:
+    """Turns what Detectron2 refuses into a :class:`UserError`; a fault of d2kd stays one."""
+    try:
+        return build()
+    except UserError:
+        raise
+    except Exception as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if os.path.abspath(raised_in).startswith(_PACKAGE):
+            raise
+        raise UserError(
+            f"{source}: {name} cannot be built: {reason(error)} (--debug shows where)"
+        ) from error
+
+
+def _instantiated(model: DictConfig, source: str) -> nn.Module:
+    """The detector that a Python config describes."""
+    detector = _built(lambda: instantiate(model), "its model", source)
+    if not isinstance(detector, nn.Module):
+        raise UserError(f"{source}: its 'model' is no detector, but {type(detector).__name__}")
+    return detector
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """The model that a config trains: the plain student if nothing is distilled, else a
+    :class:`~d2kd.distillation.teacher_student.TeacherStudent` around it.
+
+    ``MODEL`` always describes the student; ``DISTILL`` what teaches it.
+
+    Raises:
+        UserError: if a value of the config is wrong, or student, teacher and methods do not fit.
+    """
+    check_config(cfg)
+    if not distilled_methods(cfg):
+        model = build_detector(cfg)
+        trained = [model]
+    else:
+        model = META_ARCH_REGISTRY.get("TeacherStudent")(cfg).to(torch.device(cfg.MODEL.DEVICE))
+        trained = [model.student, model.distillers]
+    if cfg.SOLVER.CHANNELS_LAST:
+        for module in trained:
+            module.to(memory_format=torch.channels_last)
+    return model
+
+
+def distilled_methods(cfg: CfgNode) -> Dict[str, type]:
+    """The methods in ``DISTILL.METHODS`` that have a term with a weight, by name.
+
+    Raises:
+        UserError: for a name that is not registered or that is listed twice.
+    """
+    known = dict(DISTILLER_REGISTRY)
+    methods = {}
+    for name in cfg.DISTILL.METHODS:
+        if name not in known:
+            raise UserError(f"DISTILL.METHODS names '{name}': {nearest(name, known)}")
+        if name in methods:
+            raise UserError(f"DISTILL.METHODS names '{name}' twice: list it once")
+        methods[name] = known[name]
+    return {n: cls for n, cls in methods.items() if cls.enabled_terms(_node(cfg, n))}
+
+
+def _node(cfg: CfgNode, method: str) -> CfgNode:
+    return cfg.DISTILL[method.upper()]
+
+
+def build_teacher_student_parts(cfg: CfgNode) -> Dict:
+    """The constructor arguments of ``TeacherStudent``. Logs a report that compares the pair."""
+    student = build_detector(cfg)
+    family = build_family(student)
+    # Whatever is built beside the student must not change its random numbers.
+    devices = [student.device.index or 0] if student.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        source = build_teacher_detector(cfg)
+        reads = declared_reads(cfg, family, build_family(source.detector))
+        teacher = fill_teacher(cfg, source, student)
+        distillers = {
+            name: method(_node(cfg, name), family, teacher.family)
+            for name, method in distilled_methods(cfg).items()
+        }
+        filled = [
+            line
+            for distiller in distillers.values()
+            for line in distiller.initialize_student(family, teacher.family)
+        ]
+    schedules = {
+        (name, term): _build_schedule(cfg, distiller, name, term)
+        for name, distiller in distillers.items()
+        for term in sorted(distiller.terms)
+    }
+    weights = {key: schedule.weight for key, schedule in schedules.items()}
+    values = {
+        name: distiller.source_of_values(_node(cfg, name), cfg.MODEL.META_ARCHITECTURE)
+        for name, distiller in distillers.items()
+    }
+    report = pair_report(
+        family, cfg.INPUT.FORMAT, teacher, distillers, reads, weights, filled, values
+    )
+    read = frozenset(read for r in reads.values() for read in r.teacher)
+    rebuilt = rebuild(teacher, family, read, _rebuild_options(cfg))
+    logger.info(report + (f"\nThe teacher runs rebuilt: {rebuilt}" if rebuilt else ""))
+    return {
+        "student": student,
+        "teacher": teacher,
+        "distillers": distillers,
+        "reads": reads,
+        "schedules": schedules,
+    }
+
+
+def _rebuild_options(cfg: CfgNode) -> Options:
+    node = cfg.DISTILL.TEACHER
+    return Options(node.PRECISION, node.FOLD_NORMS, node.CHANNELS_LAST, node.COMPILE)
+
+
+def declared_reads(cfg: CfgNode, student: Family, teacher: Family) -> Dict[Tuple[str, str], Reads]:
+    """What every (method, term) of a run reads.
+
+    Raises:
+        UserError: for what one of the two detectors cannot give, with the reason; or if they do
+            not fit each other in what a method compares.
+    """
+    declared = {}
+    for name, method in distilled_methods(cfg).items():
+        node = _node(cfg, name)
+        for term, reads in method.reads(node, student, teacher).items():
+            _check_reads(method, node, term, reads, student, teacher)
+            declared[name, term] = reads
+        method.check_pair(node, student, teacher)
+    return declared
+
+
+def _check_reads(
+    method: type, node: CfgNode, term: str, reads: Reads, student: Family, teacher: Family
+) -> None:
+    key = f"{method.node_name()}.{term.upper()}.WEIGHT"
+    for side, family, asked in (
+        ("student", student, reads.student),
+        ("teacher", teacher, reads.teacher),
+    ):
+        for read in asked:
+            try:
+                family.observe(read)
+                if side == "teacher" and isinstance(read, Proposals):
+                    family.check_proposes()
+            except CannotRead as reason:
+                # The knob chooses which tower, stage or box head it is, not whether there is any.
+                chooses = bool(reads.knob) and isinstance(read, (Tower, Stage, Proposals, Regions))
+                knob = f"{method.node_name()}.{reads.knob}"
+                chosen = f" ({knob} is {node[reads.knob]!r})" if chooses else ""
+                remedy = f"change {knob}, set {key} to 0" if chooses else f"set {key} to 0"
+                raise UserError(
+                    f"{key} is not 0, but this term reads {read} of the {side}{chosen}: {reason}; "
+                    f"{remedy}, or take another {side}"
+                ) from reason
+
+
+def _build_schedule(cfg: CfgNode, distiller: Distiller, name: str, term: str) -> TermSchedule:
+    node = _node(cfg, name)[term.upper()]
+    given, levels = len(node.LEVEL_WEIGHTS), distiller.levels_of(term)
+    if given not in (0, levels):
+        expected = f"give {levels}, one per FPN level, or" if levels else "this term has no levels,"
+        key = f"{distiller.node_name()}.{term.upper()}"
+        raise UserError(f"{key}.LEVEL_WEIGHTS has {given} numbers: {expected} none")
+    return TermSchedule.from_config(node, cfg.SOLVER.MAX_ITER)
+
+
+def build_teacher(cfg: CfgNode, student: nn.Module) -> Teacher:
+    """The teacher that ``DISTILL.TEACHER`` names, filled with its weights.
+
+    Args:
+        cfg: the student's config.
+        student: the student.
+
+    Raises:
+        UserError: if the config or the weights cannot be had, or do not fill every parameter.
+    """
+    return fill_teacher(cfg, build_teacher_detector(cfg), student)
+
+
+def fill_teacher(cfg: CfgNode, source: TeacherSource, student: nn.Module) -> Teacher:
+    """Reads the weights of a teacher, and puts it beside the student."""
+    # A teacher of other classes can still teach features: who reads its predictions refuses it.
+    counts = (build_family(detector).num_classes for detector in (source.detector, student))
+    names = class_names_of(cfg.DATASETS.TRAIN) if len(set(counts)) == 1 else ()
+    verdict = load_teacher_weights(source.detector, source.weights, source.input_format, names)
+    return Teacher(
+        source.detector.to(student.device),
+        input_format=source.input_format,
+        weights=f"{source.weights}, {verdict}",
+        student=student,
+        student_format=cfg.INPUT.FORMAT,
+    )
+
+
+def build_teacher_detector(cfg: CfgNode) -> TeacherSource:
+    """The teacher as initialised, on the CPU: weights are read there, so that the processes of a
+    run do not meet on one device.
+
+    Raises:
+        UserError: if there is no such config, or it cannot be built.
+    """
+    node = cfg.DISTILL.TEACHER
+    if not node.CONFIG:
+        raise UserError(
+            f"DISTILL.TEACHER.CONFIG is empty, but DISTILL.METHODS is {list(cfg.DISTILL.METHODS)}: "
+            "give the teacher's config file, or a name in Detectron2's model zoo"
+        )
+    path = resolve_config(node.CONFIG, "DISTILL.TEACHER.CONFIG")
+    weights = node.WEIGHTS or zoo_weights(node.CONFIG, path) or trained_weights(path)
+    if is_python(path):
+        return _lazy_teacher(path, node.OPTS, weights)
+    teacher_cfg = get_cfg()
+    add_distill_config(teacher_cfg)
+    load_yaml(teacher_cfg, path, node.OPTS, "DISTILL.TEACHER.OPTS")
+    teacher_cfg.MODEL.TIMM.PRETRAINED = False  # its checkpoint fills everything
+    detector = _build_architecture(teacher_cfg, path)
+    weights = weights or teacher_cfg.MODEL.WEIGHTS or shipped_weights(path)
+    return TeacherSource(detector, teacher_cfg.INPUT.FORMAT, weights)
+
+
+def _lazy_teacher(path: str, opts: Sequence, weights: str) -> TeacherSource:
+    """A teacher whose config is a Python program."""
+    key = "DISTILL.TEACHER.OPTS"
+    if not all("=" in str(word) for word in opts):
+        if len(opts) % 2:
+            raise UserError(f"{key}: give pairs of KEY VALUE, not {len(opts)} words: {list(opts)}")
+        opts = [f"{name}={value}" for name, value in zip(opts[::2], opts[1::2])]
+    lazy = load_program(path, opts, key)
+    if "model" not in lazy:
+        raise UserError(f"{path}: defines no 'model': give a LazyConfig of a detector")
+    detector = _instantiated(lazy.model, path)
+    mapper = lazy.get("dataloader", {}).get("train", {}).get("mapper", {})
+    weights = weights or lazy.get("train", {}).get("init_checkpoint", "")
+    return TeacherSource(detector, mapper.get("image_format", "BGR"), weights)

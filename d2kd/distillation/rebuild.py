@@ -1,0 +1,249 @@
+"""The teacher rebuilt for speed. It is frozen: any form of it will do that gives the same outputs,
+and :func:`rebuild` proves that it does."""
+
+import logging
+import math
+from collections import Counter
+from typing import Collection, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Tuple
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from d2kd.errors import UserError, reason
+from d2kd.views import (
+    Dense,
+    Family,
+    Features,
+    Proposals,
+    Read,
+    RegionSet,
+    Stage,
+    TeacherView,
+    Tower,
+)
+
+from .teacher import Teacher, TeacherPass
+
+logger = logging.getLogger(__name__)
+
+# The largest difference between two ways to compute the same outputs, in parts of the largest
+# output: what rounding in each precision stays below, and a mistake does not.
+TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
+# NVIDIA's convolutions may round their float32 inputs to 10 bits (TF32).
+_TF32_TOLERANCE = 1e-2
+_TINY = 1e-12
+
+_SIZE = (128, 160)  # height and width of the image of noise, pixels
+_BOXES = [[8.0, 8.0, 40.0, 72.0], [20.0, 30.0, 150.0, 120.0]]
+
+Outputs = Dict[Read, List[Tensor]]
+
+
+class Options(NamedTuple):
+    """How a teacher is rebuilt, named as in ``DISTILL.TEACHER``."""
+
+    precision: str = ""  # one of PRECISIONS; "" = as the student runs
+    fold_norms: bool = True
+    channels_last: bool = True
+    compile: bool = False
+
+
+def rebuild(teacher: Teacher, student: Family, reads: Iterable[Read], options: Options) -> str:
+    """Rebuilds a teacher in place, and compares what is read of it with what it gave as loaded in
+    float32, on an image of noise.
+
+    Args:
+        teacher: with its weights, in which nothing is to be changed any more.
+        student: whose batches it gets.
+        reads: what the methods declared of the teacher.
+        options: what to do.
+
+    Returns:
+        what was done and the largest difference, for the report on the pair; "" if nothing was.
+
+    Raises:
+        UserError: if the outputs differ by more than rounding.
+    """
+    reads = _comparable(reads, teacher.family)
+    loaded = declared_outputs(teacher, student, reads)
+    observed = [o.module for o in teacher.family.observed(reads)]
+    done = []
+    if options.precision:
+        teacher.precision_name = options.precision
+        done += [options.precision]
+    if options.fold_norms:
+        count = fold_frozen_norms(teacher.detector, observed)
+        done += [f"{count} norms folded"] if count else []
+    if options.channels_last:
+        teacher.detector.to(memory_format=torch.channels_last)
+        done += ["channels last"]
+    if options.compile:
+        done += _compiled(teacher, student, reads, observed)
+    if not done:
+        return ""
+    worst = _worst_error(loaded, declared_outputs(teacher, student, reads), _tolerance(teacher))
+    return f"{', '.join(done)}; outputs as of the file to {worst:.0e}"
+
+
+def declared_outputs(teacher: Teacher, student: Family, reads: Iterable[Read]) -> Outputs:
+    """What is read of a teacher on an image of noise, always the same one; no random number of the
+    run is drawn.
+
+    Args:
+        teacher: as it is now.
+        student: whose batches it gets.
+        reads: all but :class:`~d2kd.views.Proposals`, which are sampled.
+    """
+    noise = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, *_SIZE), generator=noise, dtype=torch.uint8)
+    inputs = [{"image": image}]
+    teacher_pass = TeacherPass(teacher, inputs, reads)
+    teacher_pass.run_backbone(student.preprocess(inputs).tensor)
+    view = teacher_pass.finish([])
+    regions = RegionSet([Boxes(torch.tensor(_BOXES)).to(teacher.detector.device)], [])
+    return {read: _tensors(view, read, regions) for read in reads}
+
+
+def _tensors(view: TeacherView, read: Read, regions: RegionSet) -> List[Tensor]:
+    if isinstance(read, Features):
+        return list(view.features.values())
+    if isinstance(read, Stage):
+        return [view.stage(read)]
+    if isinstance(read, Dense):
+        return [x for levels in view.predictions if levels for x in levels]
+    if isinstance(read, Tower) and read.statistics:
+        return [x for level in view.tower_statistics(read) for x in level]
+    if isinstance(read, Tower):
+        return view.tower(read)
+    return [x for x in view.regions(regions, read) if x is not None]
+
+
+def _comparable(reads: Iterable[Read], family: Family) -> FrozenSet[Read]:
+    """Proposals are sampled at random: what they are made of stands for them."""
+    kept = {read for read in reads if not isinstance(read, Proposals)}
+    sampled = len(kept) < len(frozenset(reads)) and family.dense_head is not None
+    return frozenset({*kept, Dense()} if sampled else kept)
+
+
+def _tolerance(teacher: Teacher) -> float:
+    precision = teacher.precision_name or "float32"
+    on_gpu = teacher.detector.device.type == "cuda"
+    if precision == "float32" and on_gpu and torch.backends.cudnn.allow_tf32:
+        return _TF32_TOLERANCE
+    return TOLERANCES[precision]
+
+
+def _worst_error(loaded: Outputs, rebuilt: Outputs, tolerance: float) -> float:
+    """The largest difference, in parts of the largest number of its tensor.
+
+    Raises:
+        UserError: if it is above the tolerance.
+    """
+    errors = {}
+    for read in loaded:
+        pairs = zip(loaded[read], rebuilt[read])
+        errors[read] = max(((a - b).abs().max() / (a.abs().max() + _TINY)).item() for a, b in pairs)
+    # A NaN is above every tolerance.
+    read = max(errors, key=lambda x: math.inf if math.isnan(errors[x]) else errors[x])
+    if errors[read] <= tolerance:
+        return errors[read]
+    raise UserError(
+        "DISTILL.TEACHER: rebuilt for speed, the teacher gives other outputs than as loaded: its "
+        f"{read} differ by {errors[read]:.1g} of their largest value ({tolerance:g} can be "
+        "rounding): set FOLD_NORMS, CHANNELS_LAST or COMPILE to False, or PRECISION to float32"
+    )
+
+
+def fold_frozen_norms(detector: nn.Module, observed: Collection[nn.Module] = ()) -> int:
+    """Merges norms with fixed statistics into the convolutions and linear layers before them: the
+    ``norm`` of Detectron2's ``Conv2d``, and what follows a layer in a ``Sequential``. A layer that
+    several norms follow, as in heads that have one per level, stays as it is.
+
+    Args:
+        detector: in eval mode; changed in place.
+        observed: modules whose outputs somebody reads: these stay what they are.
+
+    Returns:
+        how many norms are gone.
+    """
+    pairs = list(_pairs(detector))
+    followers = Counter(layer for layer, _, _, _ in pairs)
+    users = Counter(norm for _, norm, _, _ in pairs)
+    count = 0
+    for layer, norm, owner, name in pairs:
+        seen = norm if owner is layer else layer  # whose output is another one afterwards
+        single = followers[layer] == users[norm] == 1
+        if single and seen not in observed and _is_fixed(norm):
+            _fold(layer, norm)
+            setattr(owner, name, None if owner is layer else nn.Identity())
+            count += 1
+    return count
+
+
+def _pairs(detector: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module, nn.Module, str]]:
+    """Every layer with the module behind it, the owner of that one, and its name there."""
+    for module in detector.modules():
+        if isinstance(module, nn.Conv2d) and isinstance(getattr(module, "norm", None), nn.Module):
+            yield module, module.norm, module, "norm"
+        if isinstance(module, nn.Sequential):
+            children = list(module.named_children())
+            for (_, layer), (name, norm) in zip(children, children[1:]):
+                plain = getattr(layer, "norm", None) is None
+                plain = plain and getattr(layer, "activation", None) is None
+                if isinstance(layer, (nn.Conv2d, nn.Linear)) and plain:
+                    yield layer, norm, module, name
+
+
+def _is_fixed(norm: nn.Module) -> bool:
+    fixed = isinstance(norm, FrozenBatchNorm2d) or (
+        isinstance(norm, _BatchNorm) and not norm.training
+    )
+    return fixed and norm.running_mean is not None
+
+
+def _fold(layer: nn.Module, norm: nn.Module) -> None:
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    layer.weight, layer.bias = fuse(layer.weight, layer.bias, *statistics)
+
+
+def _compiled(
+    teacher: Teacher, student: Family, reads: Iterable[Read], observed: List[nn.Module]
+) -> List[str]:
+    """Compiles the backbone and the dense head, and says what came of it."""
+    head = teacher.family.dense_head
+    parts = [teacher.family.backbone, *([head.module] if head else [])]
+    modules = [m for part in parts for m in largest_unobserved(part, observed)]
+    for module in modules:
+        module.forward = torch.compile(module.forward, dynamic=True)
+    try:
+        declared_outputs(teacher, student, reads)
+    except Exception as error:  # of the compiler, which has many
+        for module in modules:
+            del module.forward
+        logger.warning(
+            f"DISTILL.TEACHER.COMPILE is True, but torch cannot compile the teacher, which runs "
+            f"without: {reason(error)}"
+        )
+        return []
+    return ["compiled"]
+
+
+def largest_unobserved(module: nn.Module, observed: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """The largest parts of a module inside which nobody observes anything: a compiled part does not
+    call the hooks of the modules that it is made of, only its own.
+
+    Args:
+        module: a part of a detector.
+        observed: modules, or :class:`~d2kd.views.families.residual.ResidualSum`.
+    """
+    hooked = {m for o in observed for m in getattr(o, "hooked", [o])}
+    if hooked.isdisjoint(m for m in module.modules() if m is not module):
+        yield module
+        return
+    for child in module.children():
+        yield from largest_unobserved(child, observed)

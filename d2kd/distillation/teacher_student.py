@@ -1,0 +1,221 @@
+"""TeacherStudent: the meta-architecture that trains a student beside a frozen teacher."""
+
+from collections import deque
+from typing import Deque, Dict, FrozenSet, List, Optional, Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor, nn
+
+from d2kd.layers import RandomStream
+from d2kd.layers.timing import Stopwatch
+from d2kd.methods import Distiller
+from d2kd.methods.core import Terms, TermSchedule
+from d2kd.views import Read, Reads, Recorder, StudentView, build_family
+
+from .balance import gradient_ratios
+from .build import build_teacher_student_parts
+from .teacher import Teacher, TeacherPass
+
+Schedules = Dict[Tuple[str, str], TermSchedule]
+
+# Iterations between two logs of diagnostics: reading them makes the host wait for the device.
+LOG_PERIOD = 20
+# Between two logs of gradient ratios: one costs as much as the heads' part of the backward pass.
+BALANCE_PERIOD = 100
+
+
+@META_ARCH_REGISTRY.register()
+class TeacherStudent(nn.Module):
+    """A student in training, with the losses of one or more distillation methods.
+
+    In evaluation it is the student and nothing else. ``student`` is a plain Detectron2 detector:
+    its ``state_dict`` is what a run saves.
+
+    Attributes:
+        student: the detector that is trained; its forward is Detectron2's own.
+        family: the student's.
+        teacher: the frozen one; not a child module, see :class:`Teacher`.
+        distillers: the methods' modules by name, with the adapters.
+        reads: what every (method, term) reads of student and teacher.
+        schedules: the weight of every (method, term).
+        last_terms: the unweighted values of the last step by (method, term), detached.
+        step_times: of the last steps that distilled, the time of "teacher" and "distillation".
+        balance_period: iterations between two logs of :func:`gradient_ratios`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Optional[Teacher],
+        distillers: Dict[str, Distiller],
+        reads: Dict[Tuple[str, str], Reads],
+        schedules: Schedules,
+    ):
+        """
+        Args:
+            student: any detector of a registered family.
+            teacher: may be None when there is nothing to distil.
+            distillers: by method name.
+            reads, schedules: one per (method, term) of all the distillers.
+        """
+        super().__init__()
+        self.student = student
+        self.family = build_family(student)
+        self.teacher = teacher
+        self.distillers = nn.ModuleDict(distillers)
+        self.reads = reads
+        self.schedules = schedules
+        self.last_terms: Dict[Tuple[str, str], Tensor] = {}
+        self.step_times: Deque[Stopwatch] = deque(maxlen=LOG_PERIOD)
+        self.balance_period = BALANCE_PERIOD
+
+    @classmethod
+    def from_config(cls, cfg) -> Dict:
+        return build_teacher_student_parts(cfg)
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def _apply(self, fn, *args, **kwargs):
+        """The teacher goes wherever the model is moved."""
+        if self.teacher is not None:
+            self.teacher.detector._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def random_streams(self) -> Dict[str, RandomStream]:
+        """Where random numbers are drawn beside the student's own: what resuming has to save."""
+        streams = {name: distiller.random for name, distiller in self.distillers.items()}
+        return {**streams, "teacher": self.teacher.random} if self.teacher else streams
+
+    def forward(self, batched_inputs: List[Dict]):
+        """
+        Args:
+            batched_inputs: as for the student.
+
+        Returns:
+            in training, the student's losses and one ``loss_<method>_<term>`` per term, weighted;
+            in evaluation, the student's detections.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        storage = get_event_storage()
+        active = self.active_terms(storage.iter)
+        if not active:
+            return self._touch_idle(self.student(batched_inputs), active)
+
+        batched_inputs = uploaded(batched_inputs, self.device)
+        watch = Stopwatch(self.device)
+        self.step_times.append(watch)
+        ours, theirs = self.active_reads(active)
+        teacher_pass = TeacherPass(self.teacher, batched_inputs, theirs)
+        # The teacher's backbone runs just before the student's: its widest maps are gone before the
+        # student keeps its own for the gradient.
+        run_backbone = watch.part("teacher")(teacher_pass.run_backbone)
+        recorder = Recorder(self.family.observed(ours), self.family.backbone, run_backbone)
+        with recorder:
+            losses = self.student(batched_inputs)
+
+        targets = [x["instances"] for x in batched_inputs]
+        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        student = StudentView(self.family, ours, recorder, sizes, targets)
+        with watch.part("teacher"):
+            teacher = teacher_pass.finish(targets)
+        own, distilled = losses, {}
+        for name, terms in active.items():
+            distiller = self.distillers[name]
+            distiller.want(terms)
+            with watch.part("distillation"), distiller.random:
+                values = distiller(student, teacher, targets)
+            distilled.update(self._weighted(name, values, storage.iter))
+            _log_diagnostics(values, storage)
+        if (storage.iter + 1) % self.balance_period == 0:
+            self._log_balance(own, distilled, list(student.levels.values()), storage)
+        return self._touch_idle({**own, **distilled}, active)
+
+    def active_terms(self, iteration: int) -> Dict[str, FrozenSet[str]]:
+        """The terms to compute at an iteration, by method; methods without any are left out."""
+        active = {
+            name: frozenset(t for t in distiller.terms if self.schedules[name, t].active(iteration))
+            for name, distiller in self.distillers.items()
+        }
+        return {name: terms for name, terms in active.items() if terms}
+
+    def active_reads(
+        self, active: Dict[str, FrozenSet[str]]
+    ) -> Tuple[FrozenSet[Read], FrozenSet[Read]]:
+        """What some terms, by method, read of the student and of the teacher."""
+        reads = [self.reads[name, term] for name, terms in active.items() for term in terms]
+        return (
+            frozenset(read for r in reads for read in r.student),
+            frozenset(read for r in reads for read in r.teacher),
+        )
+
+    def _weighted(self, name: str, values: Dict[str, Tensor], iteration: int) -> Dict[str, Tensor]:
+        losses = {}
+        for term, value in values.items():
+            self.last_terms[name, term] = value.detach()
+            weighted = self.schedules[name, term].apply(value, iteration)
+            losses[f"loss_{name}_{term}".lower()] = weighted
+        return losses
+
+    def _log_balance(
+        self,
+        own: Dict[str, Tensor],
+        distilled: Dict[str, Tensor],
+        levels: List[Tensor],
+        storage: EventStorage,
+    ) -> None:
+        """Logs :func:`gradient_ratios` as ``distill/<loss>/gradient``."""
+        ratios = gradient_ratios(sum(own.values()), distilled, levels)
+        for name, ratio in ratios.items():
+            short = name[len("loss_") :]
+            storage.put_scalar(f"distill/{short}/gradient", ratio.item(), smoothing_hint=False)
+
+    def _touch_idle(self, losses: Dict[str, Tensor], active: Dict) -> Dict[str, Tensor]:
+        """Ties the distillers that do not compute all of their terms to a loss, with gradient 0:
+        DistributedDataParallel wants every parameter in every step."""
+        idle = [
+            parameter.sum()
+            for name, distiller in self.distillers.items()
+            if active.get(name) != distiller.terms
+            for parameter in distiller.parameters()
+        ]
+        if idle:
+            first = next(iter(losses))
+            losses[first] = losses[first] + 0.0 * torch.stack(idle).sum()
+        return losses
+
+
+def uploaded(batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
+    """Images and ground truth on a device, once for student, teacher and methods; the host does not
+    wait for the images to arrive.
+
+    Args:
+        batched_inputs: as Detectron2's mapper gives them; not changed.
+        device: of the detectors.
+    """
+    return [
+        {**x, "image": _uploaded(x["image"], device), "instances": x["instances"].to(device)}
+        for x in batched_inputs
+    ]
+
+
+def _uploaded(image: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and not image.is_cuda:
+        image = image.pin_memory()  # from other memory, the copy waits
+    return image.to(device, non_blocking=True)
+
+
+def _log_diagnostics(values: Dict[str, Tensor], storage: EventStorage) -> None:
+    """Logs what a distiller can say of its step as ``distill/<name>``, now and then."""
+    if not isinstance(values, Terms) or values.diagnostics is None:
+        return
+    if (storage.iter + 1) % LOG_PERIOD == 0:
+        for name, value in values.diagnostics().items():
+            storage.put_scalar(f"distill/{name}", value.item(), smoothing_hint=False)

@@ -1,0 +1,111 @@
+"""Metrics of a run that is resumed: as if it had not been interrupted."""
+
+import json
+import os
+from typing import Any, Dict, Iterable, List, Tuple
+
+from detectron2.utils.events import EventStorage, EventWriter
+
+from .progress import ProgressPrinter
+
+METRICS = "metrics.json"
+# Of Detectron2's writers: iterations between two writes, and values that a smoothed one is made of
+PERIOD = 20
+WINDOW = 20
+# Values to keep of each: one at least is from before the last write, if there was one
+_KEPT = PERIOD + WINDOW
+
+# What these end with tells of the process, not of the run
+_OF_THE_PROCESS = ("time", "eta_seconds", "max_memory")
+
+# By name: whether it is smoothed, and its last values with their iterations
+Scalars = Dict[str, Tuple[bool, List[Tuple[float, int]]]]
+
+
+def recent_scalars(storage: EventStorage) -> Scalars:
+    """What the next writes will need of the metrics so far."""
+    hints = storage.smoothing_hints()
+    return {
+        name: (hints[name], [(float(v), int(i)) for v, i in history.values()[-_KEPT:]])
+        for name, history in storage.histories().items()
+        if not name.endswith(_OF_THE_PROCESS)
+    }
+
+
+def last_write(iteration: int) -> int:
+    """The last iteration before another one in which metrics were written; -1 if in none."""
+    return iteration // PERIOD * PERIOD - 1
+
+
+def restore_metrics(
+    folder: str,
+    iteration: int,
+    scalars: Scalars,
+    storage: EventStorage,
+    writers: Iterable[EventWriter],
+) -> None:
+    """Puts the metrics back to where they were when a checkpoint was written.
+
+    Args:
+        folder: of the run; lines of ``metrics.json`` that come from later steps go.
+        iteration: the checkpoint's.
+        scalars: from :func:`recent_scalars`.
+        storage: empty.
+        writers: those of the run; they will not write again what they have written.
+    """
+    written = last_write(iteration)
+    _put(storage, scalars, range(written + 1))
+    for writer in writers:
+        if not isinstance(writer, ProgressPrinter):
+            writer.write()  # remembers how far it came
+    forget_lines(os.path.join(folder, METRICS), written)
+    _put(storage, scalars, range(written + 1, iteration + 1))
+
+
+def _put(storage: EventStorage, scalars: Scalars, iterations: range) -> None:
+    now = storage.iter
+    for name, (hint, values) in scalars.items():
+        for value, iteration in values:
+            if iteration in iterations:
+                storage.iter = iteration
+                storage.put_scalar(name, value, smoothing_hint=hint)
+    storage.iter = now
+
+
+def forget_lines(path: str, iteration: int) -> None:
+    """Cuts a file of metrics behind the last line of an iteration, a torn line included."""
+    if not os.path.isfile(path):
+        return
+    kept = 0
+    with open(path, "rb") as f:
+        for line in f:
+            if not line.endswith(b"\n") or _iteration(line) > iteration:
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+def read_metrics(folder: str) -> List[Dict[str, float]]:
+    """The lines of a run's metrics, each with the scalars of one ``iteration``; none of a run that
+    wrote none. What a process that was killed left of a line is passed over."""
+    path = os.path.join(folder, METRICS)
+    if not os.path.isfile(path):
+        return []
+    with open(path, "rb") as f:
+        return [json.loads(line) for line in f if _iteration(line) < float("inf")]
+
+
+def has_lines_from(path: str, iteration: int) -> bool:
+    """Whether a file of metrics has a line of an iteration or a later one."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return any(iteration <= _iteration(line) < float("inf") for line in f)
+
+
+def _iteration(line: bytes) -> float:
+    try:
+        content: Any = json.loads(line)
+        return content["iteration"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")

@@ -1,0 +1,132 @@
+"""Optimizers: Detectron2's own, AdamW, clipping of the norm of all gradients together, parameters
+that do not decay."""
+
+from typing import Callable, Dict, List, TypeVar
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler as build_schedule
+from detectron2.solver import build_optimizer as build_sgd
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+from d2kd.distillation import TeacherStudent
+from d2kd.errors import UserError, reason
+
+# SOLVER.CLIP_GRADIENTS.CLIP_TYPE beside Detectron2's "value" and "norm", which go by parameter
+TOTAL_NORM = "full_model"
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``SOLVER`` describes; of a distiller, some parameters do not decay.
+
+    Args:
+        cfg: ``SOLVER.OPTIMIZER`` is SGD or AdamW. ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` "full_model"
+            clips the norm of all gradients together at ``CLIP_VALUE``, as MMDetection does.
+        model: a student with its teacher, or a plain one.
+
+    Raises:
+        UserError: if torch or Detectron2 refuse a value.
+    """
+    return _built(lambda: _build_optimizer(cfg, model), "optimizer")
+
+
+def build_lr_scheduler(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Detectron2's schedule of the learning rate.
+
+    Raises:
+        UserError: if Detectron2 refuses a value.
+    """
+    return _built(lambda: build_schedule(cfg, optimizer), "schedule of the learning rate")
+
+
+_T = TypeVar("_T")
+
+
+def _built(build: Callable[[], _T], what: str) -> _T:
+    try:
+        return build()
+    except UserError:
+        raise
+    except Exception as error:  # whatever is made of a value that does not suit
+        raise UserError(
+            f"the {what} that SOLVER describes cannot be built: {reason(error)} (--debug shows "
+            "where)"
+        ) from error
+
+
+def _build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
+    if not isinstance(decay, (int, float, type(None))):  # without a type in Detectron2's config
+        raise UserError(f"SOLVER.WEIGHT_DECAY_BIAS is {decay!r}, expected a number")
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    total = clipping.ENABLED and clipping.CLIP_TYPE == TOTAL_NORM
+    if cfg.SOLVER.OPTIMIZER == "SGD" and not total:
+        optimizer = build_sgd(cfg, model)
+    else:
+        kind = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[cfg.SOLVER.OPTIMIZER]
+        if total:
+            kind = _with_total_norm(kind, clipping.CLIP_VALUE)
+        else:
+            kind = maybe_add_gradient_clipping(cfg, kind)
+        optimizer = kind(_parameters(cfg, model), **_options(cfg))
+    spare_from_decay(optimizer, model)
+    return optimizer
+
+
+def _parameters(cfg: CfgNode, model: nn.Module) -> List[Dict]:
+    """As Detectron2's ``build_optimizer`` groups them."""
+    return get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+
+
+def _options(cfg: CfgNode) -> Dict:
+    options = {"lr": cfg.SOLVER.BASE_LR, "weight_decay": cfg.SOLVER.WEIGHT_DECAY}
+    if cfg.SOLVER.OPTIMIZER == "SGD":
+        options.update(momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV)
+    return options
+
+
+def _with_total_norm(kind: type, max_norm: float) -> type:
+    """An optimizer class that clips the norm of all gradients together before its step."""
+
+    class TotalNormClipping(kind):
+        def step(self, closure=None):
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            return super().step(closure)
+
+    return TotalNormClipping
+
+
+def spare_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Sets the weight decay of what the distillers of a model do not want to decay to 0."""
+    if isinstance(model, TeacherStudent):
+        _stop_decay(optimizer, _not_decayed(model))
+
+
+def _not_decayed(model: TeacherStudent) -> List[nn.Parameter]:
+    return [
+        parameter
+        for distiller in model.distillers.values()
+        for name, parameter in distiller.named_parameters()
+        if name in distiller.no_weight_decay()
+    ]
+
+
+def _stop_decay(optimizer: torch.optim.Optimizer, parameters: List[nn.Parameter]) -> None:
+    """Moves parameters into groups of their own, which differ in that they do not decay."""
+    moved = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        ours = [p for p in group["params"] if id(p) in moved]
+        if ours:
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
+            optimizer.add_param_group({**group, "params": ours, "weight_decay": 0.0})

@@ -1,0 +1,89 @@
+"""What is checked before a run starts, so that it fails now and not later."""
+
+import os
+import tempfile
+
+import torch
+from detectron2.config import CfgNode
+
+from d2kd.checkpoint import cannot_write
+from d2kd.data.check import check_annotation_files, check_dataset_names, check_evaluation
+from d2kd.data.loader import images_per_process
+from d2kd.errors import UserError
+
+from .scaling import scale_to_processes
+from .trainer import evaluator_kinds
+
+
+def refuse_processes(cfg: CfgNode, local_count: int, count: int, training: bool) -> None:
+    """
+    Args:
+        cfg: of the run.
+        local_count, count: processes of this machine, and of the run.
+        training: whether they train.
+
+    Raises:
+        UserError: if they have no GPUs of their own, or cannot share a batch.
+    """
+    device, gpus = cfg.MODEL.DEVICE, torch.cuda.device_count()
+    if device.startswith("cuda") and local_count > max(gpus, 1):
+        raise UserError(
+            f"--num-gpus is {local_count}, but torch sees {gpus}: so many processes can run on a "
+            "CPU alone, with 'MODEL.DEVICE cpu' at the end of the command"
+        )
+    if device.startswith("cuda:") and count > 1:
+        raise UserError(
+            f"MODEL.DEVICE is '{device}', but {count} processes have a GPU each: give cuda, and "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if training:
+        images_per_process(scale_to_processes(cfg, count).SOLVER.IMS_PER_BATCH, count)
+
+
+def refuse_unusable(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: for settings under which training or saving cannot work, or data that cannot be
+            trained or evaluated with.
+    """
+    refuse_unwritable(cfg.OUTPUT_DIR)
+    refuse_settings(cfg)
+    if cfg.DATASETS.TRAIN:  # an empty one has its own message
+        check_dataset_names(cfg)
+        check_annotation_files(cfg)
+        check_evaluation(cfg, evaluator_kinds(cfg))
+
+
+def refuse_settings(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: for settings under which no training can work. Nothing is read or written.
+    """
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise UserError(
+            f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}: give the steps between "
+            "two checkpoints, 1 or more (above SOLVER.MAX_ITER, only the last one is written)"
+        )
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: give 1 or more steps")
+    device = cfg.MODEL.DEVICE
+    if cfg.SOLVER.AMP.ENABLED and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(
+            f"SOLVER.AMP.ENABLED is True, but MODEL.DEVICE is '{device}': mixed precision needs a "
+            "CUDA device; set it to False"
+        )
+
+
+def refuse_unwritable(folder: str) -> None:
+    """
+    Raises:
+        UserError: if no file can be made in a folder.
+    """
+    if "://" in folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f"OUTPUT_DIR is '{folder}': {cannot_write(folder, e)}") from e

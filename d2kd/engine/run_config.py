@@ -1,0 +1,168 @@
+"""The config of a run, kept in its folder: what a resumed run is compared with."""
+
+import logging
+import os
+import re
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
+
+from d2kd.checkpoint import SavedRun, written_whole
+from d2kd.config import add_distill_config
+from d2kd.errors import UserError
+from d2kd.lazy import comparable, is_lazy, is_python, lazy_config, load_program, to_program
+from d2kd.safe_yaml import read_yaml
+
+logger = logging.getLogger(__name__)
+
+CONFIG_YAML = "config.yaml"
+CONFIG_PROGRAM = "config.py"  # of a run whose config is a Python program
+# What may change in the middle of a run: where it is saved and logged, and how it is evaluated
+_FREE = (
+    "OUTPUT_DIR",
+    "RUN",
+    "VERSION",
+    "VIS_PERIOD",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "DATASETS.TEST",
+    "DATASETS.PROPOSAL_FILES_TEST",
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
+    "TEST",
+    # In a Python config
+    "dataloader.evaluator",
+    "dataloader.test",
+    "run",
+    "train.checkpointer",
+    "train.eval_period",
+    "train.log_period",
+    "train.output_dir",
+)
+_NOT_FREE = ("TEST.PRECISE_BN",)  # changes the statistics of the student
+# Thresholds of the student's inference, as Detectron2 names them: MODEL.X_TEST, model.test_x
+_FREE_NAME = re.compile(r"(?!DISTILL).*_TEST|model\.(.*\.)?test_\w+")
+_MOST_NAMED = 6
+_MISSING = object()
+
+
+def config_file(cfg: CfgNode) -> Tuple[str, str]:
+    """What the config of a run is kept as: the name of the file, and what it holds."""
+    if is_lazy(cfg):
+        return CONFIG_PROGRAM, to_program(lazy_config(cfg), "# The config of this run")
+    return CONFIG_YAML, cfg.dump()
+
+
+def write_run_config(cfg: CfgNode) -> None:
+    """Writes ``config.yaml`` or ``config.py`` into the run's folder, on the main process."""
+    if comm.is_main_process():
+        name, text = config_file(cfg)
+        with written_whole(os.path.join(cfg.OUTPUT_DIR, name)) as f:
+            f.write(text)
+
+
+def config_of_run(folder: str) -> str:
+    """The path of a run's config: ``config.py`` if that is there, else ``config.yaml``."""
+    path = os.path.join(folder, CONFIG_PROGRAM)
+    return path if os.path.isfile(path) else os.path.join(folder, CONFIG_YAML)
+
+
+def refuse_short(cfg: CfgNode, saved: SavedRun) -> None:
+    """
+    Raises:
+        UserError: if the run has done more steps than it is to have.
+    """
+    if saved.steps > cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}, but the run in '{cfg.OUTPUT_DIR}' has done "
+            f"{saved.steps} steps already ({saved.path}): give a number above, or another "
+            "OUTPUT_DIR"
+        )
+
+
+def refuse_changed(cfg: CfgNode, saved: SavedRun, processes: int) -> None:
+    """
+    Args:
+        cfg: of the command.
+        saved: what it would go on from.
+        processes: that it would have.
+
+    Raises:
+        UserError: if something differs that changes what the run comes to.
+    """
+    path = config_of_run(cfg.OUTPUT_DIR)
+    changed: List[str] = []
+    if os.path.isfile(path) and is_python(path) != is_lazy(cfg):
+        changed.append(f"its config is {path}")
+    elif os.path.isfile(path):
+        read = _read_program if is_python(path) else read_yaml
+        changed += differences(read(path), cfg)
+    else:
+        logger.warning(f"{path} is missing: the settings of the run cannot be compared with it")
+    if saved.processes not in (0, processes):
+        changed.append(f"the number of processes was {saved.processes}, is {processes}")
+    if changed:
+        more = f", and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+        raise UserError(
+            f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' holds a run with other settings: "
+            f"{', '.join(changed[:_MOST_NAMED])}{more}; give those of the run, or another "
+            "OUTPUT_DIR, or --force-resume to go on with the new ones"
+        )
+
+
+def differences(saved: Mapping[str, Any], cfg: CfgNode) -> List[str]:
+    """
+    Args:
+        saved: what the config of a run holds.
+        cfg: the config that it is compared with.
+
+    Returns:
+        a few words per key that changes the result of a run and has another value. A key that the
+        saved one lacks counts with its default.
+    """
+    before, now = {**_flat(_defaults(cfg)), **_flat(saved)}, _flat(_plain(cfg))
+    return [
+        f"{key} {_words(before.get(key, _MISSING), 'was')}, {_words(now.get(key, _MISSING), 'is')}"
+        for key in sorted({*before, *now})
+        if _counts(key) and repr(before.get(key, _MISSING)) != repr(now.get(key, _MISSING))
+    ]
+
+
+def _read_program(path: str) -> Dict[str, Any]:
+    return comparable(load_program(path))
+
+
+def _defaults(cfg: CfgNode) -> Dict[str, Any]:
+    """Those that a config has of itself; a Python config has d2kd's alone."""
+    defaults = get_cfg()
+    add_distill_config(defaults)
+    plain = yaml.safe_load(defaults.dump())
+    return {"distill": plain["DISTILL"]} if is_lazy(cfg) else plain
+
+
+def _words(value: Any, verb: str) -> str:
+    return f"{verb} missing" if value is _MISSING else f"{verb} {value!r:.60}"
+
+
+def _counts(key: str) -> bool:
+    if key.startswith(_NOT_FREE):
+        return True
+    within = any(key == name or key.startswith(name + ".") for name in _FREE)
+    return not within and not _FREE_NAME.fullmatch(key)
+
+
+def _plain(cfg: CfgNode) -> Dict[str, Any]:
+    """As it comes back from a file: lists for tuples."""
+    return comparable(lazy_config(cfg)) if is_lazy(cfg) else yaml.safe_load(cfg.dump())
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
+    return dict(_entries(node, prefix))
+
+
+def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[Tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _entries(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,112 @@
+"""What training left: a folder that may have been moved to another place or machine."""
+
+import os
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from d2kd.checkpoint import (
+    STUDENT_PROGRAM,
+    STUDENT_YAML,
+    checkpoint_names,
+    class_names_in,
+    load_trained_weights,
+)
+from d2kd.config import read_config
+from d2kd.distillation import build_detector
+from d2kd.errors import UserError
+from d2kd.lazy import python_overrides
+
+from .run_config import config_of_run
+
+
+class TrainedRun(NamedTuple):
+    """A run's folder and one of the checkpoints in it."""
+
+    folder: str
+    weights: str  # path of the checkpoint
+    classes: Tuple[str, ...]  # names, in the order of the student's predictions; may be unknown
+
+    def config(self, opts: Sequence = ()) -> CfgNode:
+        """The run's config, with its teacher and methods, its folder being where it is now.
+
+        Args:
+            opts: changes to it, KEY VALUE ...; also of a run whose config is a Python program
+        """
+        return self._read(self.config_file, opts)
+
+    def has_config(self) -> bool:
+        """Whether :meth:`config` is there; a student that was copied elsewhere may come without."""
+        return os.path.isfile(self.config_file)
+
+    def student_config(self, opts: Sequence = ()) -> CfgNode:
+        """The student's own config; ``MODEL.WEIGHTS`` is the checkpoint.
+
+        Args:
+            opts: changes to it, KEY VALUE ...; also of a run whose config is a Python program
+        """
+        return self._read(self.student_file, opts)
+
+    @property
+    def config_file(self) -> str:
+        """Path of the run's config."""
+        return config_of_run(self.folder)
+
+    @property
+    def student_file(self) -> str:
+        """Path of the student's own config."""
+        return _student_file(self.folder)
+
+    def here(self) -> List[str]:
+        """Changes to a config of the run that say where folder and checkpoint are now."""
+        opts = ["MODEL.WEIGHTS", self.weights, "OUTPUT_DIR", self.folder]
+        return python_overrides(self.config_file, opts)
+
+    def _read(self, path: str, opts: Sequence) -> CfgNode:
+        return read_config(path, [*self.here(), *python_overrides(path, opts)])
+
+    def student(self, device: str = "") -> nn.Module:
+        """The trained student in eval mode.
+
+        Args:
+            device: as in ``MODEL.DEVICE``; a GPU where there is one, unless given.
+
+        Raises:
+            UserError: if the checkpoint is not this student's.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cfg = self.student_config(["MODEL.DEVICE", device])
+        detector = build_detector(cfg, self.student_file)
+        load_trained_weights(detector, self.weights, "the run's checkpoint", self.student_file)
+        return detector.eval()
+
+
+def open_run(path: str) -> TrainedRun:
+    """
+    Args:
+        path: a run's folder, whose last checkpoint is taken, or one of its checkpoints.
+
+    Raises:
+        UserError: if there is no run, or nothing that it has saved.
+    """
+    folder, name = (path, None) if os.path.isdir(path) else os.path.split(path)
+    name = name or _last(folder)
+    weights = os.path.join(folder, name) if name else ""
+    if not os.path.isfile(_student_file(folder)) or not os.path.isfile(weights):
+        raise UserError(
+            f"'{path}' is no run: give the folder with {STUDENT_YAML} (or {STUDENT_PROGRAM}) and "
+            "the checkpoints that training wrote, or one of these checkpoints"
+        )
+    return TrainedRun(os.path.abspath(folder), os.path.abspath(weights), class_names_in(weights))
+
+
+def _student_file(folder: str) -> str:
+    path = os.path.join(folder, STUDENT_PROGRAM)
+    return path if os.path.isfile(path) else os.path.join(folder, STUDENT_YAML)
+
+
+def _last(folder: str) -> Optional[str]:
+    names = checkpoint_names(folder)
+    return names[-1] if names else None

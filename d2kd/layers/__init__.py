@@ -1,0 +1,34 @@
+"""Tensors in, tensors out: masks, losses, statistics, frozen layers, sums over GPUs."""
+
+from .anchors import flatten_anchors, flatten_scalars, highest_logits
+from .boxes import centerness_targets, decode_positives, iou_log_loss, paired_iou
+from .distributed import gather_over_gpus, mean_over_gpus
+from .focal import distribution_focal_loss, one_hot, quality_focal_loss
+from .frozen import FrozenLayers
+from .masks import object_masks, valid_cells
+from .precision import as_float, as_target
+from .random import RandomStream
+from .statistics import channel_statistics, transfer_statistics
+
+__all__ = [
+    "FrozenLayers",
+    "RandomStream",
+    "as_float",
+    "as_target",
+    "centerness_targets",
+    "channel_statistics",
+    "decode_positives",
+    "distribution_focal_loss",
+    "flatten_anchors",
+    "flatten_scalars",
+    "gather_over_gpus",
+    "highest_logits",
+    "iou_log_loss",
+    "mean_over_gpus",
+    "object_masks",
+    "one_hot",
+    "paired_iou",
+    "quality_focal_loss",
+    "transfer_statistics",
+    "valid_cells",
+]

@@ -1,0 +1,75 @@
+"""The Python config of a run, which its ``CfgNode`` carries with it."""
+
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from d2kd.schema import get_value
+
+from .places import NODES, OWN_DEFAULTS, PLACES
+from .text import to_text
+
+_ABSENT = object()
+
+
+def target_of(call: DictConfig) -> Any:
+    """The class or function that a call is of; None if it is no call.
+
+    Raises:
+        ImportError: if it is given by a name that cannot be found.
+    """
+    target = call.get("_target_")
+    return locate(target) if isinstance(target, str) else target
+
+
+def is_lazy(cfg: CfgNode) -> bool:
+    """Whether a run's config comes from a Python program."""
+    return "LAZY" in cfg
+
+
+def lazy_config(cfg: CfgNode) -> DictConfig:
+    """The Python config of a run, with what its ``CfgNode`` says."""
+    config = OmegaConf.create(yaml.unsafe_load(cfg.LAZY), flags={"allow_objects": True})
+    defaults = get_cfg()
+    for key, place in PLACES.items():
+        value = get_value(cfg, key)
+        there = OmegaConf.select(config, place, default=_ABSENT) is not _ABSENT
+        if there or value != _default(defaults, key):
+            if isinstance(value, tuple):
+                value = value[0] if len(value) == 1 else list(value)
+            OmegaConf.update(config, place, value, merge=False, force_add=True)
+    for key, place in NODES.items():
+        OmegaConf.update(config, place, yaml.safe_load(cfg[key].dump()), merge=False)
+    return config
+
+
+def _default(defaults: CfgNode, key: str) -> Any:
+    return OWN_DEFAULTS[key] if key in OWN_DEFAULTS else get_value(defaults, key)
+
+
+def config_text(cfg: CfgNode) -> str:
+    """The whole config of a run, for people."""
+    return to_text(lazy_config(cfg)) if is_lazy(cfg) else cfg.dump()
+
+
+def set_num_classes(node: Any, number: int) -> None:
+    """Gives every call within a model that number of classes, but those that take another's.
+
+    Args:
+        node: the model, or a part of it; changed in place.
+        number: of the classes.
+    """
+    if isinstance(node, ListConfig):
+        for entry in node:
+            set_num_classes(entry, number)
+    elif isinstance(node, DictConfig):
+        for key in node:
+            if OmegaConf.is_interpolation(node, key):
+                continue
+            if key == "num_classes":
+                node[key] = number
+            elif key != "sem_seg_head":
+                set_num_classes(node[key], number)

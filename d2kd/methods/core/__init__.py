@@ -1,0 +1,18 @@
+"""What methods are made of: their base class, schedules, adapters, and shared losses."""
+
+from .adapters import conv_adapters, identity_adapters, matching_adapters
+from .distiller import DISTILLER_REGISTRY, Defaults, Diagnostics, Distiller, Terms
+from .schedule import TermSchedule, term
+
+__all__ = [
+    "DISTILLER_REGISTRY",
+    "Defaults",
+    "Diagnostics",
+    "Distiller",
+    "TermSchedule",
+    "Terms",
+    "conv_adapters",
+    "identity_adapters",
+    "matching_adapters",
+    "term",
+]

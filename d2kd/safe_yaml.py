@@ -1,0 +1,173 @@
+"""Reading YAML as data. A config file may come from anybody: nothing in it is ever run."""
+
+import ast
+import io
+import operator
+import os
+from typing import Any, Callable, Dict, List
+
+import yaml
+from detectron2.config import CfgNode
+from fvcore.common.config import BASE_KEY
+
+from d2kd.errors import UserError
+from d2kd.model_zoo import CONFIG_DIRS, ZOO_DIRS, find_config
+
+# How Detectron2's own Base-RetinaNet.yaml writes its anchor sizes: a list of a Python expression
+_EXPRESSION_TAG = "tag:yaml.org,2002:python/object/apply:eval"
+_MAX_LENGTH = 200  # characters of that expression
+_MAX_POWER = 16
+
+_OPERATIONS: Dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def read_yaml(path: str) -> Dict[str, Any]:
+    """
+    Args:
+        path: a config file, with ``_BASE_`` as fvcore reads it: beside the file. What is not there
+            is taken for the name of a recipe, or of a config in Detectron2's model zoo.
+
+    Returns:
+        its content, merged with that of the files it is based on.
+
+    Raises:
+        UserError: if it is no YAML, has no keys, has a tag that only code could read, or is based
+            on what is nowhere.
+    """
+    try:
+        return _PlainYaml.load_yaml_with_base(path, allow_unsafe=False)
+    except RecursionError as e:
+        raise UserError(
+            f"{path}: nested too deeply, or its _BASE_ leads back to a file that is based on it"
+        ) from e
+
+
+class _PlainYaml(CfgNode):
+    """Hands fvcore's reader files in which plain values alone are left."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as f:
+            text = f.read()
+        try:
+            content = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as e:
+            raise UserError(f"{filename}: {_explain(e)}") from e
+        if not isinstance(content, dict):
+            raise UserError(f"{filename}: holds {content!r:.40}, expected config keys")
+        if BASE_KEY in content:
+            content[BASE_KEY] = _found(content[BASE_KEY], filename)
+        return io.StringIO(yaml.safe_dump(content))
+
+
+def _found(base: Any, filename: str) -> Any:
+    """What ``_BASE_`` names, recipes as their paths."""
+    if isinstance(base, list):
+        return [_found(entry, filename) for entry in base]
+    if not isinstance(base, str):
+        raise UserError(f"{filename}: {BASE_KEY} is {base!r}: give a file, or the name of a recipe")
+    beside = os.path.join(os.path.dirname(filename), os.path.expanduser(base))
+    if "://" in beside or os.path.isfile(beside):
+        return base
+    path = find_config(base)
+    if path is None:
+        raise UserError(
+            f"{filename}: {BASE_KEY} is '{base}': no such file beside it, nor among d2kd's configs "
+            f"({CONFIG_DIRS[-1]}), nor in Detectron2's model zoo ({ZOO_DIRS[0]})"
+        )
+    return os.path.abspath(path)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, and the one expression that Detectron2's own configs hold."""
+
+
+def _anchor_sizes(loader: yaml.Loader, node: yaml.Node) -> List:
+    try:
+        (text,) = loader.construct_sequence(node)
+        return list_comprehension(text)
+    except (ValueError, TypeError, yaml.YAMLError) as e:
+        raise yaml.constructor.ConstructorError(
+            None, None, _unreadable(_EXPRESSION_TAG), node.start_mark
+        ) from e
+
+
+def _refused(loader: yaml.Loader, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(None, None, _unreadable(node.tag), node.start_mark)
+
+
+_Loader.add_constructor(_EXPRESSION_TAG, _anchor_sizes)
+_Loader.add_constructor(None, _refused)
+
+
+def _unreadable(tag: str) -> str:
+    name = "!!" + tag.rsplit(",2002:", 1)[1] if ",2002:" in tag else tag
+    return f"the tag {name} is refused, because nothing in a config is run: write the value itself"
+
+
+def _explain(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}: {problem}" if mark else " ".join(problem.split())
+
+
+def list_comprehension(text: str) -> List:
+    """
+    Args:
+        text: such as ``[[x, x * 2**(1.0/3)] for x in [32, 64]]``: one list comprehension, one
+            name, numbers and arithmetic.
+
+    Returns:
+        its value, computed without running it.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if not isinstance(text, str) or len(text) > _MAX_LENGTH:
+        raise ValueError("not a short text")
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError) as e:
+        raise ValueError("not an expression") from e
+    if not isinstance(node, ast.ListComp) or len(node.generators) != 1:
+        raise ValueError("not a list comprehension")
+    (loop,) = node.generators
+    if not isinstance(loop.target, ast.Name) or loop.ifs or loop.is_async:
+        raise ValueError("not a plain loop")
+    values = _value(loop.iter, {})
+    if not isinstance(values, list):
+        raise ValueError("not a loop over a list")
+    try:
+        return [_value(node.elt, {loop.target.id: value}) for value in values]
+    except (ArithmeticError, TypeError) as e:
+        raise ValueError("not arithmetic") from e
+
+
+def _value(node: ast.AST, names: Dict[str, Any]) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(entry, names) for entry in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_number(node.operand, names)
+    if isinstance(node, ast.BinOp):
+        left, right = _number(node.left, names), _number(node.right, names)
+        if isinstance(node.op, ast.Pow) and abs(right) <= _MAX_POWER and abs(left) < 1e6:
+            return left**right
+        if type(node.op) in _OPERATIONS:
+            return _OPERATIONS[type(node.op)](left, right)
+    raise ValueError(f"{type(node).__name__} is no arithmetic")
+
+
+def _number(node: ast.AST, names: Dict[str, Any]) -> float:
+    value = _value(node, names)
+    if isinstance(value, list):
+        raise ValueError("a list is no number")
+    return value

@@ -1,0 +1,176 @@
+"""Config keys with what their values may be: one declaration, one check, one kind of message."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple, Union
+
+from detectron2.config import CfgNode
+
+from d2kd.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Key:
+    """A config key.
+
+    Attributes:
+        default: its value unless a config gives another; of a list, every number counts.
+        help: what it means, and where the default comes from.
+        low, high: bounds of a number, or of every number of a list, both included.
+        above, below: bounds of a number, not included.
+        choices: the values that it may have; a function is called at the first check, for names
+            that are registered later.
+        length: numbers in a list, or several that may be; None = any.
+        item: type of a list's entries, where the default is empty.
+    """
+
+    default: Any
+    help: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    above: Optional[float] = None
+    below: Optional[float] = None
+    choices: Union[Tuple, Callable[[], Tuple], None] = None
+    length: Union[int, Tuple[int, ...], None] = None
+    item: Optional[type] = None
+
+    def problem(self, value: Any) -> Optional[str]:
+        """What is wrong with a value and what would be right, or None."""
+        if isinstance(self.default, (list, tuple)):
+            return self._problem_of_list(value)
+        return self._problem_of_one(value, type(self.default))
+
+    def _problem_of_list(self, value: Any) -> Optional[str]:
+        if not isinstance(value, (list, tuple)):
+            return "give a list"
+        lengths = (self.length,) if isinstance(self.length, int) else self.length
+        if lengths is not None and len(value) not in lengths:
+            return f"give {' or '.join(map(str, lengths))} values"
+        kind = self.item or type(self.default[0])
+        problems = (self._problem_of_one(x, kind) for x in value)
+        return next((f"{p}, each" for p in problems if p), None)
+
+    def _problem_of_one(self, value: Any, kind: type) -> Optional[str]:
+        if kind is float and _is(value, int):
+            value = float(value)
+        if not _is(value, kind):
+            return f"give {_NAMES.get(kind, kind.__name__)}"
+        choices = self.choices() if callable(self.choices) else self.choices
+        if choices is not None and value not in choices:
+            named = [choice for choice in choices if choice != ""]
+            return nearest(value, named) if kind is str else f"give one of {named}"
+        if kind in (int, float):
+            return self._problem_of_number(value)
+        return None
+
+    def _problem_of_number(self, value: float) -> Optional[str]:
+        if not math.isfinite(value):
+            return "give a finite number"
+        if self.above is not None and value <= self.above:
+            return f"give a number above {self.above:g}"
+        if self.below is not None and value >= self.below:
+            return f"give a number below {self.below:g}"
+        if self.low <= value <= self.high:
+            return None
+        if math.isinf(self.high):
+            return f"give {self.low:g} or more"
+        if math.isinf(self.low):
+            return f"give {self.high:g} or less"
+        return f"give {self.low:g} ... {self.high:g}"
+
+
+Keys = Mapping[str, Union[Key, Mapping]]
+
+_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a type; True and False are no numbers."""
+    return kind is object or (
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    )
+
+
+def config_node(keys: Keys) -> CfgNode:
+    """A config node with the defaults of keys; a mapping within makes a node within."""
+    node = CfgNode()
+    for name, key in keys.items():
+        if isinstance(key, Key):
+            node[name] = list(key.default) if isinstance(key.default, list) else key.default
+        else:
+            node[name] = config_node(key)
+    return node
+
+
+def walk(keys: Keys, prefix: str) -> Iterator[Tuple[str, Key]]:
+    """Every key with its full name."""
+    for name, key in keys.items():
+        if isinstance(key, Key):
+            yield f"{prefix}.{name}", key
+        else:
+            yield from walk(key, f"{prefix}.{name}")
+
+
+def get_value(node: CfgNode, key: str) -> Any:
+    """What stands at a place below a node, such as ``"CLS.WEIGHT"``."""
+    value: Any = node
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def set_value(node: CfgNode, key: str, value: Any) -> None:
+    """Changes what stands at a place below a node."""
+    *parents, name = key.split(".")
+    for part in parents:
+        node = node[part]
+    node[name] = value
+
+
+def check_node(node: CfgNode, keys: Keys, prefix: str) -> None:
+    """
+    Args:
+        node: made by :func:`config_node` and then changed.
+        keys: what made it.
+        prefix: the node's place in the config, for messages.
+
+    Raises:
+        UserError: naming every value that is not what its key may be.
+    """
+    wrong: List[str] = []
+    for name, key in walk(keys, prefix):
+        value = get_value(node, name[len(prefix) + 1 :])
+        problem = key.problem(value)
+        if problem:
+            wrong.append(f"{name} is {value!r}: {problem}")
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def check_finite(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
+    """
+    Args:
+        cfg: any config.
+        defaults: the same with the values that it started from.
+        prefix: its place in a larger config, with a dot at the end.
+
+    Raises:
+        UserError: for a value that is missing (None) where the default is not, or that is NaN or
+            infinite.
+    """
+    for name, value in cfg.items():
+        default = defaults.get(name)
+        if isinstance(value, CfgNode):
+            check_finite(
+                value, default if isinstance(default, CfgNode) else value, f"{prefix}{name}."
+            )
+        elif value is None and default is not None:
+            raise UserError(f"{prefix}{name} has no value: the default is {default!r}")
+        elif not all(math.isfinite(x) for x in _numbers(value)) and value != default:
+            raise UserError(f"{prefix}{name} is {value!r}: give finite numbers")
+
+
+def _numbers(value: Any) -> List[float]:
+    if isinstance(value, (list, tuple)):
+        return [x for entry in value for x in _numbers(entry)]
+    return [value] if isinstance(value, float) else []

@@ -1,0 +1,47 @@
+"""Reading a detector on a batch: what can be read, observing it, and families of detectors."""
+
+from .families import FAMILY_REGISTRY, Family, Level, build_family
+from .pairs import LevelPair, channels_of, paired_levels, paired_stages
+from .reads import (
+    Assignment,
+    CannotRead,
+    Dense,
+    Features,
+    Proposals,
+    Read,
+    Reads,
+    Regions,
+    Stage,
+    Tower,
+)
+from .recorder import Observed, Recorder
+from .regions import RegionOutputs, RegionSet
+from .views import StudentView, TeacherView, View
+
+__all__ = [
+    "Assignment",
+    "CannotRead",
+    "Dense",
+    "FAMILY_REGISTRY",
+    "Family",
+    "Features",
+    "Level",
+    "LevelPair",
+    "Observed",
+    "Proposals",
+    "Read",
+    "Reads",
+    "Recorder",
+    "RegionOutputs",
+    "RegionSet",
+    "Regions",
+    "Stage",
+    "StudentView",
+    "TeacherView",
+    "Tower",
+    "View",
+    "build_family",
+    "channels_of",
+    "paired_levels",
+    "paired_stages",
+]

@@ -1,0 +1,26 @@
+"""Families of detectors, one file per kind."""
+
+# Importing registers them.
+from . import dense, two_stage
+from .assignment import AnchorTargets
+from .box_head import BoxHead
+from .dense_head import BRANCHES, DenseHead, DensePredictions, TowerHead
+from .family import FAMILY_REGISTRY, Family, Level, Pixels, build_family
+from .transfer import copy_weights
+
+__all__ = [
+    "BRANCHES",
+    "AnchorTargets",
+    "BoxHead",
+    "DenseHead",
+    "DensePredictions",
+    "FAMILY_REGISTRY",
+    "Family",
+    "Level",
+    "Pixels",
+    "TowerHead",
+    "build_family",
+    "copy_weights",
+    "dense",
+    "two_stage",
+]
