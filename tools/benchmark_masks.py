@@ -15,7 +15,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from d2kd.methods.defeat import FINEST_SCALE, object_masks
+from d2kd.layers.masks import FINEST_SCALE, object_masks
 
 STRIDES = [4, 8, 16, 32, 64]
 HEIGHT, WIDTH = 800, 1344

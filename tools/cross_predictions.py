@@ -2,8 +2,8 @@
 """AP of a CrossKD student by its own head, and by the teacher's: what its features are worth, and
 what its own last blocks make of them.
 
-    python tools/cross_predictions.py shapes/crosskd_fcos_tiny.yaml \\
-        MODEL.WEIGHTS output/shapes/crosskd_fcos_tiny/model_final.pth
+    python tools/cross_predictions.py shapes/crosskd/fcos_tiny.yaml \\
+        MODEL.WEIGHTS output/shapes/crosskd/fcos_tiny/model_final.pth
 
 Predictions "by the teacher's head" are those that CrossKD trains: the student's features, aligned
 with the teacher's statistics of each image, through the rest of the teacher's towers.
@@ -15,17 +15,19 @@ import io
 from typing import Dict, List
 
 import torch
-from compare import METRICS, read_config
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling.postprocessing import detector_postprocess
 from tabulate import tabulate
 from torch import nn
 
+from d2kd.config import read_config
+from d2kd.distillation import TeacherStudent, build_model
+from d2kd.distillation.teacher import TeacherPass
 from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
-from d2kd.modeling import StudentView, TeacherStudent, build_model
-from d2kd.modeling.recorder import Recorder
+from d2kd.evidence.runs import METRICS
+from d2kd.evidence.tables import fill
+from d2kd.views import Recorder, StudentView
 
 
 class CrossDetector(nn.Module):
@@ -39,15 +41,16 @@ class CrossDetector(nn.Module):
     def forward(self, batched_inputs: List[dict]) -> List[dict]:
         model, student = self.model, self.model.student
         method = model.distillers["CrossKD"]
-        terms = {"CrossKD": method.terms}
+        ours, theirs = model.active_reads({"CrossKD": method.terms})
         images = student.preprocess_image(batched_inputs)
-        with Recorder(model.family.taps(model.needs(terms, "student"))) as recorder:
+        with Recorder(model.family.observed(ours)) as recorder:
             features = student.backbone(images.tensor)
             features = [features[name] for name in student.head_in_features]
             own = model.family.dense_head.predictions(student.head(features))
-        view = StudentView(model.family, recorder, images.image_sizes)
-        teacher = model.teacher.view(batched_inputs, view, model.needs(terms, "teacher"))
-        crossed = {**own._asdict(), **method.predictions(view, teacher)}
+        view = StudentView(model.family, ours, recorder, images.image_sizes, targets=[])
+        teacher_pass = TeacherPass(model.teacher, batched_inputs, theirs)
+        teacher_pass.run_backbone(images.tensor)
+        crossed = {**own._asdict(), **method.predictions(view, teacher_pass.finish(targets=[]))}
         predictions = [x for x in crossed.values() if x is not None]
         found = student.forward_inference(images, features, predictions)
         return [
@@ -75,9 +78,9 @@ def main() -> None:
             raise UserError(f"DISTILL.METHODS is {list(cfg.DISTILL.METHODS)}: CrossKD is not in it")
         if model.distillers["CrossKD"].adapters:
             raise UserError("student and teacher have towers of different width: give equal ones")
+        fill(model.student, cfg.MODEL.WEIGHTS)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
-    DetectionCheckpointer(model.student).load(cfg.MODEL.WEIGHTS)
     detectors = {"student's own head": model.student, "teacher's head": CrossDetector(model)}
     rows = {name: evaluate(cfg, detector.eval()) for name, detector in detectors.items()}
     body = [[name, *(f"{results[m]:.1f}" for m in METRICS)] for name, results in rows.items()]

@@ -11,21 +11,23 @@ from typing import Dict, List
 import cv2
 import matplotlib
 import torch
-from compare import Run, evaluate, parameters, read_config, scalars, table, train
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 
-from d2kd.modeling import build_detector
+from d2kd.config import read_config
+from d2kd.distillation import build_detector
+from d2kd.evidence.rows import row_of
+from d2kd.evidence.runs import Run, scalars, train_row
+from d2kd.evidence.tables import evaluate, fill, parameters, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 OUTPUT = "output/demo"
-TEACHER, TEACHER_WEIGHTS = "shapes/fcos_tiny_teacher.yaml", "d2kd://fcos_tiny_teacher.pth"
+TEACHER, TEACHER_WEIGHTS = "shapes/baselines/fcos_tiny_teacher.yaml", "d2kd://fcos_tiny_teacher.pth"
 STUDENTS = {
-    "plain student": "shapes/fcos_tiny.yaml",
-    "student with FRS": "shapes/frs_fcos_tiny.yaml",
+    "plain student": "shapes/baselines/fcos_tiny.yaml",
+    "student with FRS": "shapes/frs/fcos_tiny.yaml",
 }
 OPTS = ["TEST.EVAL_PERIOD", "150"]
 DETECTION_LOSSES = ("loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr")
@@ -71,7 +73,7 @@ def draw_detections(detectors: Dict[str, tuple], path: str, num_images: int = 4)
     inputs = [{"image": torch.from_numpy(i.transpose(2, 0, 1).copy())} for i in images]
     for label, (config_file, weights) in detectors.items():
         detector = build_detector(read_config(config_file)).eval()
-        DetectionCheckpointer(detector).load(weights)
+        fill(detector, weights)
         columns[label] = [_best(output["instances"], 3) for output in detector(inputs)]
 
     figure, axes = plt.subplots(num_images, len(columns), figsize=(11, 11 * num_images / 4))
@@ -107,7 +109,7 @@ def _best(found: Instances, count: int) -> List[tuple]:
 def main() -> None:
     os.makedirs(OUTPUT, exist_ok=True)
     print("Training a small detector alone, and the same one with a teacher.", flush=True)
-    runs = {label: train(config, 1, OUTPUT, OPTS) for label, config in STUDENTS.items()}
+    runs = {label: train_row(row_of(config), 1, OUTPUT, OPTS) for label, config in STUDENTS.items()}
     teacher = Run("", evaluate(TEACHER, TEACHER_WEIGHTS), 0.0)
 
     rows: Dict[str, List[Run]] = {"teacher": [teacher], **{k: [v] for k, v in runs.items()}}

@@ -1,0 +1,222 @@
+"""A run's student beside its teacher and beside the student that learned alone."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import tempfile
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from tabulate import tabulate
+from torch import nn
+
+from d2kd.data.check import check_evaluation
+from d2kd.distillation import build_teacher
+from d2kd.engine import DistillTrainer
+from d2kd.engine.metrics import METRICS
+from d2kd.engine.runs import TrainedRun
+from d2kd.engine.trainer import EVALUATORS
+from d2kd.errors import UserError
+from d2kd.model_zoo import FINAL_WEIGHTS
+from d2kd.prediction import Predictor, images_at_hand
+
+from .measure import Latency, Size, device_name, latencies, size_of
+
+_AP = "bbox/AP"
+_TEACHER, _PLAIN = "teacher", "plain student"
+
+
+class Row(NamedTuple):
+    """One detector."""
+
+    label: str
+    size: Size
+    latency: Latency
+    ap: Optional[float]  # of boxes; None if nobody has evaluated it
+
+
+class _Contender(NamedTuple):
+    """A detector before it is measured."""
+
+    label: str
+    detector: nn.Module
+    cfg: CfgNode
+    ap: Optional[float]
+
+
+class Analysis(NamedTuple):
+    """Detectors side by side."""
+
+    rows: List[Row]
+    gap_closed: Optional[float]
+    device: str
+    repeats: int
+    input_size: Tuple[int, int]  # (height, width) of the image that was timed, as detectors get it
+
+    def table(self) -> str:
+        """For people."""
+        headers = [
+            "",
+            "parameters (M)",
+            "weights (MB)",
+            "GFLOPs",
+            "median (ms)",
+            "p90",
+            "p99",
+            "AP",
+        ]
+        lines = [
+            [
+                row.label,
+                f"{row.size.parameters / 1e6:.2f}",
+                f"{row.size.weights_bytes / 1e6:.1f}",
+                f"{row.size.gflops:.2f}",
+                *(f"{x:.1f}" for x in row.latency),
+                "" if row.ap is None else f"{row.ap:.1f}",
+            ]
+            for row in self.rows
+        ]
+        height, width = self.input_size
+        text = tabulate(lines, headers, disable_numparse=True, colalign=["left", *["right"] * 7])
+        text += (
+            f"\n\nLatency: one image of {height} x {width}, {self.repeats} passes, {self.device}. "
+            "GFLOPs: multiply-adds."
+        )
+        if self.gap_closed is not None:
+            text += (
+                f"\nOf the gap between plain student and teacher, {self.gap_closed:.0%} is closed."
+            )
+        return text
+
+    def as_dict(self) -> Dict[str, Any]:
+        """For a JSON file."""
+        rows = [
+            {**row._asdict(), "size": row.size._asdict(), "latency": row.latency._asdict()}
+            for row in self.rows
+        ]
+        return {**self._asdict(), "rows": rows, "torch": torch.__version__}
+
+
+def analyze(
+    run: TrainedRun,
+    plain: Optional[TrainedRun] = None,
+    evaluate: bool = False,
+    repeats: int = 50,
+    device: str = "",
+) -> Analysis:
+    """
+    Args:
+        run: whose student it is; its teacher stands beside it, if it has one.
+        plain: the run of a student that learned alone.
+        evaluate: AP that is not in a run's ``metrics.json`` is found by evaluating on the run's
+            validation set.
+        repeats: timed passes of each detector.
+        device: see :meth:`~d2kd.engine.runs.TrainedRun.student`.
+
+    Raises:
+        UserError: if a detector or the data cannot be had.
+    """
+    cfg, student = run.config(), run.student(device)
+    contenders = [_Contender(_label(cfg), student, cfg, last_ap(run))]
+    if plain:
+        contenders.insert(0, _plain(plain, cfg, device))
+    if cfg.DISTILL.METHODS:
+        contenders.insert(0, _teacher(cfg, student))
+    if evaluate:
+        check_evaluation(cfg, EVALUATORS)
+        contenders = [x._replace(ap=evaluated_ap(x) if x.ap is None else x.ap) for x in contenders]
+
+    image = images_at_hand(cfg, 1)[0]
+    inputs = [_inputs(x, image) for x in contenders]
+    times = latencies([(x.detector, each) for x, each in zip(contenders, inputs)], repeats)
+    rows = [
+        Row(x.label, size_of(x.detector, each), time, x.ap)
+        for x, each, time in zip(contenders, inputs, times)
+    ]
+    aps = {row.label: row.ap for row in rows}
+    closed = gap_closed(aps.get(_TEACHER), aps.get(_PLAIN), rows[-1].ap)
+    size = tuple(inputs[-1]["image"].shape[-2:])
+    return Analysis(rows, closed, device_name(_device(student)), repeats, size)
+
+
+def _label(cfg: CfgNode) -> str:
+    methods = ", ".join(cfg.DISTILL.METHODS)
+    return f"student with {methods}" if methods else "student"
+
+
+def _plain(run: TrainedRun, compared: CfgNode, device: str) -> _Contender:
+    cfg = run.config()
+    if cfg.DATASETS.TEST != compared.DATASETS.TEST:
+        raise UserError(
+            f"--plain was evaluated on {list(cfg.DATASETS.TEST)}, the run on "
+            f"{list(compared.DATASETS.TEST)}: give a run with the same DATASETS.TEST"
+        )
+    return _Contender(_PLAIN, run.student(device), cfg, last_ap(run))
+
+
+def _teacher(cfg: CfgNode, student: nn.Module) -> _Contender:
+    """On the student's images, in its own channel order."""
+    teacher = build_teacher(cfg, student)
+    cfg = cfg.clone()
+    cfg.INPUT.FORMAT = teacher.input_format
+    return _Contender(_TEACHER, teacher.detector, cfg, None)
+
+
+def _inputs(contender: _Contender, path: str) -> Dict[str, Any]:
+    predictor = Predictor(contender.detector, contender.cfg)
+    inputs = predictor.network_input(predictor.read(path))
+    return {**inputs, "image": inputs["image"].to(_device(contender.detector))}
+
+
+def _device(detector: nn.Module) -> torch.device:
+    return next(detector.parameters()).device
+
+
+def gap_closed(
+    teacher: Optional[float], plain: Optional[float], distilled: Optional[float]
+) -> Optional[float]:
+    """The share of what a plain student lacks of its teacher that distillation made up for.
+
+    Args:
+        teacher, plain, distilled: AP.
+
+    Returns:
+        0: no better than the plain student, 1: as good as the teacher. None if an AP is unknown, or
+        the teacher is no better than the plain student.
+    """
+    if teacher is None or plain is None or distilled is None or teacher <= plain:
+        return None
+    return (distilled - plain) / (teacher - plain)
+
+
+def last_ap(run: TrainedRun) -> Optional[float]:
+    """AP of boxes that a run wrote of its last checkpoint. None if there is none, or it is of
+    another checkpoint."""
+    if os.path.basename(run.weights) != FINAL_WEIGHTS:
+        return None
+    aps = [line[_AP] for line in _lines(os.path.join(run.folder, METRICS)) if _AP in line]
+    return aps[-1] if aps and math.isfinite(aps[-1]) else None
+
+
+def _lines(path: str) -> Iterator[Dict[str, Any]]:
+    """Of a file of metrics; one that was torn when a run was killed is left out."""
+    if os.path.isfile(path):
+        with open(path) as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+
+
+def evaluated_ap(contender: _Contender) -> Optional[float]:
+    """AP of boxes on the first validation set; leaves no file."""
+    cfg = contender.cfg.clone()
+    cfg.DATASETS.TEST = cfg.DATASETS.TEST[:1]
+    print(f"Evaluating the {contender.label} on {cfg.DATASETS.TEST[0]} ...", flush=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        cfg.OUTPUT_DIR = folder
+        results = DistillTrainer.test(cfg, contender.detector)
+    ap = results.get("bbox", {}).get("AP", math.nan)
+    return ap if math.isfinite(ap) else None

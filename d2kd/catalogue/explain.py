@@ -1,0 +1,91 @@
+"""One method, recipe or config key, explained."""
+
+import os
+import textwrap
+from typing import Iterator, List
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from d2kd.config import add_distill_config
+from d2kd.errors import UserError, nearest
+from d2kd.schema import get_value
+
+from .configs import Config, bases, configs
+from .figures import published, row
+from .keys import all_keys, defaults_by_student, what_it_may_be
+from .methods import explain_method, methods
+
+_WIDTH = 96
+
+
+def explain(name: str) -> str:
+    """
+    Args:
+        name: of a method, a recipe or another shipped config, or a config key.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    by_name = {method.name.lower(): method for method in methods()}
+    if name.lower() in by_name:
+        return explain_method(by_name[name.lower()])
+    stem = os.path.splitext(name)[0] if name.endswith((".yaml", ".yml")) else name
+    stem = stem[len("configs/") :] if stem.startswith("configs/") else stem
+    if stem in configs():
+        return _explain_config(configs()[stem])
+    key = _explain_key(name.upper())
+    if key:
+        return key
+    known = [*(method.name for method in by_name.values()), *configs(), *all_keys()]
+    raise UserError(f"'{name}' is no method, recipe or config key: {nearest(name, known)}")
+
+
+def _explain_config(config: Config) -> str:
+    _, *below = bases(config)
+    lines = [config.name, *_wrapped(config.about), ""]
+    lines += [f"based on {', '.join(dict.fromkeys(base.name for base in below))}"] if below else []
+    if config.methods:
+        lines += [f"methods {', '.join(config.methods)}", f"teacher {_with_ap(config.teacher)}"]
+    lines += list(_reported(config))
+    own = {key: value for key, value in config.own.items() if key != "_BASE_"}
+    lines += ["", yaml.safe_dump(own, sort_keys=False).strip(), ""] if own else [""]
+    return "\n".join([*lines, f"d2kd train --config-file {config.file}"])
+
+
+def _with_ap(config: str) -> str:
+    ap = published(config)
+    return f"{config}, {ap} AP published" if ap else config
+
+
+def _reported(config: Config) -> Iterator[str]:
+    entry = row(config.name)
+    if entry.get("row"):
+        yield f"row {entry['row']}"
+    if entry.get("ap"):
+        yield f"reported {entry['ap']} AP, source: {entry['source']}"
+    if entry.get("doubt"):
+        yield f"not certain: {entry['doubt']}"
+
+
+def _explain_key(name: str) -> str:
+    """ "" if there is no such key."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    try:
+        value = get_value(cfg, name)
+    except (KeyError, TypeError):
+        return ""
+    if isinstance(value, CfgNode):
+        return "\n".join([f"{name}: a node", *(f"  {name}.{key}" for key in value)])
+    key = all_keys().get(name)
+    if key is None:
+        return f"{name}: a key of Detectron2's\n  default {value!r}"
+    lines = [name, *_wrapped(key.help), f"default {key.default!r}", f"it is {what_it_may_be(key)}"]
+    for student, (default, source) in defaults_by_student(name).items():
+        lines.append(f"default for {student} students {default!r} ({source})")
+    return "\n  ".join(lines)
+
+
+def _wrapped(text: str) -> List[str]:
+    return textwrap.wrap(text, _WIDTH)

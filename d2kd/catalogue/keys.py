@@ -1,0 +1,65 @@
+"""Every config key of d2kd's, and what it may be."""
+
+import math
+from typing import Dict, List, Mapping, Tuple
+
+from d2kd.config import DATASETS_KEYS, DISTILL_KEYS, RUN_KEYS, SOLVER_KEYS
+from d2kd.methods import DISTILLER_REGISTRY
+from d2kd.modeling.config import MODEL_KEYS
+from d2kd.schema import Key, Keys, walk
+
+_TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+
+
+def all_keys() -> Dict[str, Key]:
+    """Every key that d2kd declares, by its full name."""
+    nodes: Dict[str, Keys] = {
+        "MODEL": MODEL_KEYS,
+        "SOLVER": SOLVER_KEYS,
+        "DATASETS": DATASETS_KEYS,
+        "RUN": RUN_KEYS,
+        "DISTILL": DISTILL_KEYS,
+    }
+    for _, method in DISTILLER_REGISTRY:
+        nodes[method.node_name()] = method.keys
+    return {name: key for prefix, keys in nodes.items() for name, key in walk(keys, prefix)}
+
+
+def what_it_may_be(key: Key) -> str:
+    """``a number, 0 or more``"""
+    is_list = isinstance(key.default, (list, tuple))
+    kind = (key.item or type(key.default[0])) if is_list else type(key.default)
+    choices = key.choices() if callable(key.choices) else key.choices
+    if choices is not None:
+        text = "one of " + ", ".join(repr(choice) for choice in choices)
+    else:
+        text = _TYPES.get(kind, "anything") + _bounds(key)
+    return f"a list, each {text}" if is_list else text
+
+
+def _bounds(key: Key) -> str:
+    bounds: List[str] = []
+    if key.above is not None:
+        bounds.append(f"above {key.above:g}")
+    if math.isfinite(key.low) and math.isfinite(key.high):
+        bounds.append(f"{key.low:g} ... {key.high:g}")
+    elif math.isfinite(key.low):
+        bounds.append(f"{key.low:g} or more")
+    elif math.isfinite(key.high):
+        bounds.append(f"{key.high:g} or less")
+    if key.below is not None:
+        bounds.append(f"below {key.below:g}")
+    return "".join(f", {bound}" for bound in bounds)
+
+
+def defaults_by_student(name: str) -> Mapping[str, Tuple[object, str]]:
+    """Other defaults of a key, with their source, by the student's ``MODEL.META_ARCHITECTURE``."""
+    for _, method in DISTILLER_REGISTRY:
+        prefix = f"{method.node_name()}."
+        if name.startswith(prefix):
+            return {
+                student: (defaults.values[name[len(prefix) :]], defaults.source)
+                for student, defaults in method.defaults_of.items()
+                if name[len(prefix) :] in defaults.values
+            }
+    return {}

@@ -1,0 +1,42 @@
+"""Proposes weights of the distillation terms, from the gradients of a short run.
+
+Each term's gradient at the FPN is compared with that of the detection losses, over the second half
+of the steps. The proposed weights give all terms of the recipe together the share that is asked
+for: where to begin a search on your own validation set. Whether they are better than the authors'
+weights has not been measured.
+
+examples:
+  d2kd balance shapes/frs/fcos_tiny.yaml --steps 20 MODEL.DEVICE cpu
+"""
+
+import argparse
+
+from d2kd.config import read_config
+from d2kd.engine.preflight import refuse_unusable
+from d2kd.errors import UserError
+from d2kd.evidence.balance import proposals_text, propose_weights
+
+from .arguments import add_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, or a file")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="of all terms together, in parts of the detection losses' gradient; default: 0.5",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, metavar="N", help="of the short run; default: 100"
+    )
+    add_overrides(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not 0 < args.share < 1000 or args.steps < 2:
+        raise UserError(f"--share is {args.share}, --steps {args.steps}: give S > 0 and N > 1")
+    cfg = read_config(args.config, args.opts)
+    refuse_unusable(cfg)
+    print(proposals_text(propose_weights(cfg, args.share, args.steps)))

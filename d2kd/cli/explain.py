@@ -1,0 +1,23 @@
+"""Explains a method, a recipe or a config key.
+
+Of a method: what it reads of student and teacher, the detectors that it works between, its keys
+with defaults and their sources, its cost, its recipes. Of a recipe: what it is, what it is based
+on, the row of a paper's table, the command. Of a key: what it means and may be, and its default.
+
+examples:
+  d2kd explain CrossKD
+  d2kd explain crosskd/gfl_R_50_R_101-ms-2x-mmdet_1x
+  d2kd explain DISTILL.FRS.CLS.WEIGHT
+"""
+
+import argparse
+
+from d2kd.catalogue import explain
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a method, a recipe, or a config key")
+
+
+def run(args: argparse.Namespace) -> None:
+    print(explain(args.name))

@@ -1,0 +1,130 @@
+"""The command ``d2kd``, and its sub-command ``train`` by itself as ``d2kd-train``.
+
+Nothing that needs Detectron2 or torch is imported before a sub-command is chosen, so that help is
+quick, and there even without them.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from types import ModuleType
+from typing import List, NamedTuple, Optional, Sequence
+
+from d2kd import __version__
+from d2kd.errors import nearest
+from d2kd.one_line import exit_status, in_one_line
+
+
+class Command(NamedTuple):
+    """A sub-command."""
+
+    name: str
+    module: str  # in d2kd.cli
+    summary: str
+
+
+COMMANDS = (
+    Command("train", "train", "train a student, with or without a teacher"),
+    Command("check", "check", "find out in minutes what would fail in hours"),
+    Command("eval", "evaluate", "evaluate a detector"),
+    Command("list", "list", "list methods, recipes or teachers"),
+    Command("explain", "explain", "explain a method, a recipe or a config key"),
+    Command("predict", "predict", "run a trained student on images"),
+    Command("export", "export", "write a trained student as ONNX, TorchScript or bare weights"),
+    Command("analyze", "analyze", "size, speed and accuracy of a student beside its teacher"),
+    Command("compare", "compare", "train configs over seeds and compare them in a table"),
+    Command("report", "report", "write a page about runs: curves, AP, detections, cost"),
+    Command("benchmark", "benchmark", "measure what distillation costs in time and memory"),
+    Command("balance", "balance", "propose weights of the distillation terms from a short run"),
+    Command("visualize", "visualize", "draw what a method looks at"),
+    Command("completion", "completion", "print the completion of this command for a shell"),
+)
+
+# Modules without which no sub-command starts, and what is to be done
+_MISSING = {
+    "detectron2": "Detectron2 is not installed: 'python -m d2kd.install_detectron2' installs "
+    "release 0.6 from PyPI, or install its main branch with 'pip install --no-build-isolation "
+    "git+https://github.com/facebookresearch/detectron2.git'",
+    "pkg_resources": "this Detectron2 needs pkg_resources, which setuptools 82 no longer has: run "
+    "'pip install \"setuptools<82\"'",
+}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of ``d2kd``; ends the process with a status other than 0 when something is wrong.
+
+    Args:
+        argv: the words behind ``d2kd``; those of this process unless given.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        print(f"d2kd {__version__}")
+        return
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    by_name = {command.name: command for command in COMMANDS}
+    if words[0] not in by_name:
+        sys.exit(f"error: d2kd has no command '{words[0]}': {nearest(words[0], by_name)}")
+    _run(by_name[words[0]], words[1:])
+
+
+def train(argv: Optional[Sequence[str]] = None) -> None:
+    """Entry point of ``d2kd-train`` and ``train_net.py``: ``d2kd train``."""
+    main(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _overview() -> str:
+    width = max(len(command.name) for command in COMMANDS)
+    lines = [f"  {command.name:{width}}  {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        [
+            "usage: d2kd COMMAND ...",
+            "",
+            "Distillation of object detectors in Detectron2.",
+            "",
+            *lines,
+            "",
+            "'d2kd COMMAND --help' shows its options and an example.",
+        ]
+    )
+
+
+def _run(command: Command, words: List[str]) -> None:
+    module = module_of(command)
+    parser = make_parser(command, module)
+    args = parser.parse_intermixed_args(words)  # overrides may stand anywhere
+    try:
+        with in_one_line(args.debug):
+            module.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(exit_status(signal.SIGPIPE))
+
+
+def make_parser(command: Command, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of a sub-command; its help is the docstring of its module."""
+    summary, _, examples = module.__doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog=f"d2kd {command.name}",
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    return parser
+
+
+def module_of(command: Command) -> ModuleType:
+    """The module of a sub-command. Ends the process if it needs a Detectron2 that is not there."""
+    try:
+        return importlib.import_module(f"d2kd.cli.{command.module}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in _MISSING:
+            raise
+        sys.exit(f"error: {_MISSING[missing]}")

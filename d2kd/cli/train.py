@@ -1,0 +1,122 @@
+"""Trains a student, with or without a teacher, or a plain detector; or evaluates one.
+
+With --student and --teacher no YAML is needed: the method and its weights follow from the two, and
+are told with the reason; what they amount to is written as recipe.yaml into the run's folder.
+
+examples:
+  d2kd train --config-file shapes/frs/fcos_tiny.yaml
+  d2kd train --config-file shapes/frs/fcos_tiny.yaml --resume
+  d2kd train --config-file my.yaml --train-json train.json --train-images photographs \\
+      --val-json val.json --val-images photographs SOLVER.MAX_ITER 1000
+  d2kd train --student COCO-Detection/retinanet_R_50_FPN_1x \\
+      --teacher COCO-Detection/retinanet_R_101_FPN_3x --method CrossKD
+"""
+
+import argparse
+import os
+from typing import List
+
+from d2kd.checkpoint import refuse_occupied
+from d2kd.config import read_config
+from d2kd.engine.launch import start
+from d2kd.engine.preflight import refuse_unwritable
+from d2kd.engine.processes import place_by_torchrun
+from d2kd.errors import UserError
+from d2kd.pairing import Plan, make_plan
+from d2kd.pairing.estimate import in_words, seconds_of_training
+from d2kd.pairing.finetune import is_finished, train_teacher
+
+from .arguments import add_data, add_overrides, add_processes, overrides_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of Detectron2's ``train_net.py``, and d2kd's own."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a file, or a recipe")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT_DIR")
+    parser.add_argument(
+        "--force-resume",
+        action="store_true",
+        help="as --resume, although settings or the teacher differ from those of the run",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    _add_names(parser)
+    add_data(parser)
+    add_processes(parser)
+    add_overrides(parser)
+
+
+def _add_names(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("without a config file")
+    named = "a recipe, a file, or a name in Detectron2's model zoo"
+    group.add_argument("--student", default="", metavar="NAME", help=named)
+    group.add_argument("--teacher", default="", metavar="NAME", help=f"{named}; or a run's folder")
+    group.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="default: one that suits the two; several by several --method",
+    )
+    group.add_argument(
+        "--finetune-teacher",
+        action="store_true",
+        help="train the teacher on the student's data first, in OUTPUT_DIR/teacher",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    start(args, _prepare)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    args.opts = overrides_of(args)
+    if args.student or args.teacher or args.method or args.finetune_teacher:
+        _use_names(args)
+
+
+def _use_names(args: argparse.Namespace) -> None:
+    """Makes of the names what a config file would say, the teacher's own run included."""
+    if args.config_file or args.eval_only:
+        other = "--config-file" if args.config_file else "--eval-only"
+        raise UserError(
+            f"{other} does not go with --student, --teacher, --method: give the names or the file"
+        )
+    if args.finetune_teacher and place_by_torchrun(os.environ):
+        raise UserError(
+            "--finetune-teacher is a run of its own before this one, which torchrun cannot start: "
+            "leave torchrun out and give --num-gpus"
+        )
+    if not (args.student and args.teacher):
+        missing = "--teacher" if args.student else "--student"
+        raise UserError(f"{missing} is missing: give both detectors, or a --config-file")
+    plan = make_plan(args.student, args.teacher, args.method, args.opts, args.finetune_teacher)
+    print(plan, flush=True)
+    if not (args.resume or args.force_resume):
+        refuse_occupied(plan.output)
+    refuse_unwritable(plan.output)
+    if plan.teacher:
+        _finetune(plan, args)
+    args.config_file, args.opts = plan.write(), []
+    print(f"recipe   {args.config_file}", flush=True)
+
+
+def _finetune(plan: Plan, args: argparse.Namespace) -> None:
+    """Both steps are shown with their times; the first one is taken."""
+    first = plan.write_teacher()
+    processes = args.num_gpus * args.num_machines
+    for number, what, path in ((1, "the teacher", first), (2, "the student", plan.write())):
+        cfg = read_config(path)
+        if number == 1 and is_finished(plan.teacher_folder):
+            print(f"step 1   the teacher is trained already: {plan.teacher_folder}", flush=True)
+            continue
+        time = in_words(seconds_of_training(cfg, processes))
+        images = cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATION_STEPS
+        steps = f"{cfg.SOLVER.MAX_ITER} iterations of {images} images"
+        print(f"step {number}   {what}: {steps}, {time} without data and evaluation", flush=True)
+    if not is_finished(plan.teacher_folder):
+        train_teacher(first, _process_options(args))
+
+
+def _process_options(args: argparse.Namespace) -> List[str]:
+    names = ("num_gpus", "num_machines", "machine_rank", "dist_url")
+    return [word for x in names for word in (f"--{x.replace('_', '-')}", str(getattr(args, x)))]

@@ -1,0 +1,42 @@
+"""Draws what a method looks at: FRS's scores, DeFeat's masks, G-DetKD's attention to FPN levels.
+
+Takes images as the training loader gives them, and the maps of one training step on them. Attention
+is learned: it is that of a checkpoint of the recipe's run, over the size of regions.
+
+examples:
+  d2kd visualize shapes/defeat/faster_rcnn_tiny.yaml --output masks.png
+  d2kd visualize shapes/gdetkd/faster_rcnn_tiny.yaml --output attention.png \\
+      MODEL.WEIGHTS output/shapes/gdetkd/faster_rcnn_tiny/model_final.pth
+"""
+
+import argparse
+import os
+
+from d2kd.checkpoint import written_whole
+from d2kd.config import read_config
+from d2kd.errors import UserError
+from d2kd.evidence.maps import look
+from d2kd.evidence.pictures import draw
+
+from .arguments import add_overrides
+
+FORMATS = (".jpg", ".pdf", ".png", ".svg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, or a file")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the picture to write, such as masks.png"
+    )
+    add_overrides(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    ending = os.path.splitext(args.output)[1].lower()
+    if ending not in FORMATS:
+        raise UserError(f"--output is '{args.output}': give a name with {', '.join(FORMATS)}")
+    cfg = read_config(args.config, args.opts)
+    looked = look(cfg)
+    with written_whole(args.output, "wb") as f:
+        draw(cfg, looked).savefig(f, format=ending[1:])
+    print(f"{args.output}: {looked}")

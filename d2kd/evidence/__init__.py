@@ -1,0 +1,1 @@
+"""What speaks for a method or against it: comparisons over seeds, its cost, what it looks at."""

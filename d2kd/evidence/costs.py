@@ -1,0 +1,139 @@
+"""The tables of what was measured: for the screen, for documents, and as data."""
+
+import json
+import math
+import os
+import statistics
+from typing import Dict, List, Sequence
+
+from tabulate import tabulate
+
+from .benchmark import PARTS, Case, Costs, Load
+
+HEADERS = ("recipe", "c/a", "c/(a+b)", "rebuilt/b", "memory c/a", "host syncs of c, of a")
+
+
+def ratio(costs: Costs, part: str, to: str) -> float:
+    """The median over the rounds of the time of one part to that of others, such as "ab"."""
+    others = zip(*(costs.seconds[name] for name in to))
+    return statistics.median(x / sum(y) for x, y in zip(costs.seconds[part], others))
+
+
+def spread(costs: Costs, part: str, to: str) -> float:
+    """Half the distance of the quartiles of the same ratio."""
+    others = zip(*(costs.seconds[name] for name in to))
+    ratios = sorted(x / sum(y) for x, y in zip(costs.seconds[part], others))
+    if len(ratios) < 4:
+        return (ratios[-1] - ratios[0]) / 2
+    quartiles = statistics.quantiles(ratios, n=4)
+    return (quartiles[2] - quartiles[0]) / 2
+
+
+def costs_text(costs: Costs, most_operations: int = 0) -> str:
+    """
+    Args:
+        costs: what was measured.
+        most_operations: how many operations to list, those of the most time first.
+
+    Returns:
+        tables of seconds and memory, and the ratios, medians over the rounds.
+    """
+    load = costs.load
+    rows = []
+    for name, seconds in costs.seconds.items():
+        memory = f"{costs.memory[name]:.0f}" if name in costs.memory else ""
+        part = f"{name}: {PARTS[name]}" if name in PARTS else name
+        rows.append([part, f"{statistics.median(seconds):.3f}", memory])
+    amp = ", mixed precision" if load.amp else ", float32"
+    lines = [
+        f"{' '.join([costs.case.recipe, *costs.case.opts])}",
+        f"{costs.device}, torch {costs.torch}, {load.batch} x {load.size}²{amp}",
+        _table(rows, ["", "seconds", "peak MiB"]),
+        f"c/a     {ratio(costs, 'c', 'a'):.3f} ± {spread(costs, 'c', 'a'):.3f}",
+    ]
+    for name in costs.seconds:
+        if name.startswith("c"):
+            value = f"{ratio(costs, name, 'ab'):.3f} ± {spread(costs, name, 'ab'):.3f}"
+            lines.append(f"c/(a+b) {value}{name[1:]}")
+    lines.append(f"teacher {ratio(costs, 't', 'b'):.3f} ± {spread(costs, 't', 'b'):.3f} of b")
+    lines.append(f"memory c/a {costs.memory['c'] / costs.memory['a']:.3f}")
+    if costs.device[:3] != "CPU":
+        lines.append(f"host syncs {costs.syncs['c']} in c, {costs.syncs['a']} in a")
+    if costs.operations:
+        listed = [*costs.operations.items()][:most_operations]
+        listed_rows = [[name, f"{ms:.1f}"] for name, ms in listed]
+        lines += ["", _table(listed_rows, ["operation", "ms in c - a - b"])]
+    return "\n".join(lines)
+
+
+def costs_markdown(all_costs: Sequence[Costs]) -> str:
+    """One row per recipe, as in docs/speed.md."""
+    rows = []
+    for costs in all_costs:
+        values = [(("c", "a"), costs), (("c", "ab"), costs), (("t", "b"), costs)]
+        ratios = [f"{ratio(x, *of):.2f} ± {spread(x, *of):.2f}" for of, x in values]
+        memory = f"{costs.memory['c'] / costs.memory['a']:.2f}"
+        syncs = "" if costs.device[:3] == "CPU" else f"{costs.syncs['c']}, {costs.syncs['a']}"
+        label = f", {costs.case.label}" if costs.case.label else ""
+        rows.append([f"`{costs.case.recipe}`{label}", *ratios, memory, syncs])
+    without = None if any(row[-1] for row in rows) else -1
+    return _table([row[:without] for row in rows], HEADERS[:without])
+
+
+def growth_text(key: str, values: Sequence[str], all_costs: Sequence[Costs]) -> str:
+    """How seconds and memory grow with a load or a config key. A slope of 1 is growth in
+    proportion, 0 is none."""
+    rows, numbers = [], {name: [] for name in ("a", "b", "c")}
+    for value, costs in zip(values, all_costs):
+        medians = {name: statistics.median(costs.seconds[name]) for name in numbers}
+        for name in numbers:
+            numbers[name].append(medians[name])
+        cells = [f"{x:.3f}" for x in medians.values()]
+        peak = f"{costs.memory['c']:.0f}"
+        rows.append([value, *cells, f"{ratio(costs, 'c', 'ab'):.3f}", peak])
+    table = _table(rows, [key, "a", "b", "c", "c/(a+b)", "peak MiB of c"])
+    try:
+        slopes = {name: _slope([float(x) for x in values], y) for name, y in numbers.items()}
+    except ValueError:  # values that are no numbers, or not above 0
+        return table
+    return f"{table}\nslopes: " + ", ".join(f"{k} {v:.2f}" for k, v in slopes.items())
+
+
+def _slope(x: List[float], y: List[float]) -> float:
+    """Of log y over log x, by least squares."""
+    return statistics.linear_regression(
+        [math.log(value) for value in x], [math.log(value) for value in y]
+    ).slope
+
+
+def read_costs(path: str) -> List[Costs]:
+    """What :func:`write_costs` wrote; none if there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        entries: List[Dict] = json.load(f)
+    return [
+        Costs(
+            **{
+                **entry,
+                "case": Case(**{**entry["case"], "opts": tuple(entry["case"]["opts"])}),
+                "load": Load(**entry["load"]),
+                "methods": tuple(entry["methods"]),
+            }
+        )
+        for entry in entries
+    ]
+
+
+def write_costs(all_costs: Sequence[Costs], path: str) -> None:
+    """As JSON; the file that was there stays until the new one is complete."""
+    entries = [
+        {**c._asdict(), "case": c.case._asdict(), "load": c.load._asdict()} for c in all_costs
+    ]
+    with open(f"{path}.part", "w") as f:
+        json.dump(entries, f, indent=1)
+    os.replace(f"{path}.part", path)
+
+
+def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers, "github", disable_numparse=True)

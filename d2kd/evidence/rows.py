@@ -1,0 +1,129 @@
+"""The rows of a comparison: recipes, and files of ablations that stand for several rows."""
+
+import os
+import re
+from collections import Counter
+from typing import Any, Dict, List, NamedTuple, Sequence
+
+import yaml
+
+from d2kd.config import read_config
+from d2kd.errors import UserError, nearest
+from d2kd.lazy import python_overrides
+from d2kd.model_zoo import recipe_name, resolve_config
+
+TABLE_KEYS = ("BASE", "PLAIN", "ROWS")
+
+
+class Row(NamedTuple):
+    """What one row of a table is trained with."""
+
+    label: str
+    config: str  # absolute path
+    opts: List[str]  # what the row changes in it, KEY VALUE ...
+
+
+def row_of(config_file: str) -> Row:
+    """The row of one config, by the name of a recipe or a path."""
+    path = os.path.abspath(resolve_config(config_file, "config"))
+    return Row(recipe_name(path), path, [])
+
+
+def folder_of(row: Row) -> str:
+    """Folder of a row's runs in the output, without the seed."""
+    slug = re.sub(r"[^\w.+-]+", "-", row.label).strip("-")
+    return os.path.join(recipe_name(row.config), slug) if row.opts else recipe_name(row.config)
+
+
+def read_rows(config_file: str) -> List[Row]:
+    """The rows that a file on the command line stands for: those of a table, or the one recipe."""
+    path = resolve_config(config_file, "config")
+    with open(path, errors="replace") as f:
+        is_table = re.search(r"^(BASE|ROWS)\s*:", f.read(), flags=re.MULTILINE)
+    return read_table(path) if is_table else [row_of(config_file)]
+
+
+def read_table(path: str) -> List[Row]:
+    """Reads a file of ablations: one recipe, and what each row changes in it.
+
+    Its keys are ``BASE``, the recipe; ``ROWS``, which maps the label of a row to the full config
+    keys that it changes and their values, ``{}`` for the recipe itself; and, optionally,
+    ``PLAIN``, the config of the student alone. Paths are relative to the file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        the rows in their order, the plain student first.
+
+    Raises:
+        UserError: if the file is broken, or has an unknown key, or lacks one.
+    """
+    content = _read_mapping(path)
+    rows = []
+    if "PLAIN" in content:
+        rows.append(Row("plain student", _beside(path, content, "PLAIN"), []))
+    base = _beside(path, content, "BASE")
+    for label, changes in content["ROWS"].items():
+        if not isinstance(changes, dict):
+            raise UserError(
+                f"{path}: row '{label}' is {changes!r}: give a mapping from config keys to values, "
+                "{} for the recipe itself"
+            )
+        opts = [word for key, value in changes.items() for word in (str(key), _word(value))]
+        rows.append(Row(str(label), base, opts))
+    return rows
+
+
+def _read_mapping(path: str) -> Dict[str, Any]:
+    """The content of a file of ablations, all of its keys checked."""
+    with open(path) as f:
+        try:
+            content = yaml.safe_load(f)
+        except yaml.YAMLError as e:
+            raise UserError(f"{path}: {' '.join(str(e).split())}") from e
+    for key in content:
+        if key not in TABLE_KEYS:
+            raise UserError(f"{path}: no key {key}: {nearest(str(key), TABLE_KEYS)}")
+    if not content.get("BASE"):
+        raise UserError(f"{path}: BASE is missing: name the recipe that the rows change")
+    if not isinstance(content.get("ROWS"), dict):
+        raise UserError(f"{path}: ROWS is missing or no mapping: give 'label: {{KEY: value}}'")
+    return content
+
+
+def _beside(path: str, content: Dict[str, Any], key: str) -> str:
+    """Path of a config that a file of ablations names, relative to it or as a recipe."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(path)), str(content[key]))
+    name = beside if os.path.isfile(beside) else str(content[key])
+    return os.path.abspath(resolve_config(name, f"{path}: {key}"))
+
+
+def _word(value: Any) -> str:
+    """A value as it is typed on a command line."""
+    return value if isinstance(value, str) else str(value).replace("'", '"')
+
+
+def check_rows(rows: Sequence[Row], opts: Sequence[str] = ()) -> None:
+    """Reads all configs before the first is trained.
+
+    Args:
+        rows: of a comparison.
+        opts: overrides of all of them, KEY VALUE ...
+
+    Raises:
+        UserError: if one is broken, or different rows have one folder.
+    """
+    seen: Dict[str, Row] = {}
+    for row in rows:
+        folder = folder_of(row)
+        if seen.setdefault(folder, row)[1:] != row[1:]:
+            raise UserError(f"two rows would go to one folder, {folder}: give them other labels")
+        read_config(row.config, row.opts, f"row '{row.label}'")
+        read_config(row.config, python_overrides(row.config, [*row.opts, *opts]))
+
+
+def labels_of(rows: Sequence[Row]) -> List[str]:
+    """What rows are called in a table: their labels, or folders where files share a label."""
+    count = Counter(row.label for row in rows)
+    return [row.label if count[row.label] == 1 else folder_of(row) for row in rows]

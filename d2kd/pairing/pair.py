@@ -1,0 +1,156 @@
+"""A student and a teacher by their names: a recipe, a file, a config in Detectron2's model zoo, or
+what training left."""
+
+import os
+import re
+from typing import List, NamedTuple, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+
+from d2kd.checkpoint import class_names_in
+from d2kd.config import read_config
+from d2kd.data.classes import class_names_of
+from d2kd.distillation import build_detector
+from d2kd.distillation.build import TeacherSource, build_teacher_detector
+from d2kd.engine.runs import open_run
+from d2kd.errors import UserError
+from d2kd.lazy import is_python
+from d2kd.model_zoo import find_config, resolve_config
+from d2kd.views import Family, build_family
+
+_MOST_NAMED = 3  # classes in a message
+
+
+class Classes(NamedTuple):
+    """What a detector tells apart."""
+
+    count: int
+    names: Tuple[str, ...]  # in order; may be unknown
+
+    def same_as(self, other: "Classes") -> bool:
+        """Whether two detectors have the same classes, as far as they are known."""
+        if self.count != other.count:
+            return False
+        return not (self.names and other.names) or self._plain() == other._plain()
+
+    def _plain(self) -> List[str]:
+        return [re.sub(r"[\s_-]+", "", name).lower() for name in self.names]
+
+    def __str__(self) -> str:
+        named = ", ".join(self.names[:_MOST_NAMED])
+        more = ", ..." if len(self.names) > _MOST_NAMED else ""
+        return f"{self.count} classes" + (f" ({named}{more})" if named else "")
+
+
+class Pair(NamedTuple):
+    """A student and a teacher before weights are read."""
+
+    base: str  # the student's config, as a YAML names it
+    teacher: str  # the teacher's
+    weights: str  # the teacher's; may be ""
+    cfg: CfgNode  # of the student, with DISTILL.TEACHER
+    student_family: Family  # of shapes alone, without numbers
+    teacher_family: Family
+    student_classes: Classes
+    teacher_classes: Classes
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether predictions of the two are about the same classes."""
+        return self.student_classes.same_as(self.teacher_classes)
+
+    @property
+    def kind(self) -> str:
+        """What the two have in common: "two-stage", "dense" for one-stage detectors of one
+        architecture, or "" if they are of two kinds."""
+        ours, theirs = self.student_family, self.teacher_family
+        if ours.box_head is not None and theirs.box_head is not None:
+            return "two-stage"
+        return "dense" if ours.box_form and ours.name == theirs.name else ""
+
+
+def open_pair(student: str, teacher: str, opts: Sequence[str] = ()) -> Pair:
+    """
+    Args:
+        student: a recipe, a file, or a name in Detectron2's model zoo.
+        teacher: likewise; or the folder of a run, or one of its checkpoints.
+        opts: changes to the student's config, KEY VALUE ...
+
+    Raises:
+        UserError: if one of them is not there, cannot be built, or cannot be distilled.
+    """
+    base = _config_of(student, "--student")
+    if is_python(base):
+        raise UserError(
+            f"--student is '{student}', a Python config: it says itself what teaches it, in "
+            "'distill'; train it with --config-file"
+        )
+    if len(opts) % 2:
+        read_config(base, opts)  # says so in the user's words
+    config, weights = _teacher_of(teacher)
+    named = {"CONFIG": config, "WEIGHTS": weights, "OPTS": [], "PRECISION": ""}
+    words = [word for k, v in named.items() for word in (f"DISTILL.TEACHER.{k}", v)]
+    cfg = read_config(base, ["DISTILL.METHODS", [], *words, *opts])
+    source = build_on_meta(cfg)
+    weights = weights or cfg.DISTILL.TEACHER.WEIGHTS or source.weights
+    ours, theirs = student_family(cfg), build_family(source.detector)
+    return Pair(
+        base,
+        config,
+        weights,
+        cfg,
+        ours,
+        theirs,
+        Classes(ours.num_classes or 0, class_names_of(cfg.DATASETS.TRAIN)),
+        Classes(theirs.num_classes or 0, _teacher_names(cfg, theirs, weights)),
+    )
+
+
+def _config_of(name: str, key: str) -> str:
+    """A config as another one names it: the name of a recipe, or an absolute path. The ending may
+    be left out."""
+    named = name if os.path.splitext(name)[1] in (".yaml", ".yml", ".py") else f"{name}.yaml"
+    path = resolve_config(named, key)
+    return named if path == find_config(named) else os.path.abspath(path)
+
+
+def _teacher_of(name: str) -> Tuple[str, str]:
+    """Config and weights of a teacher; weights are "" where they follow from the config."""
+    if os.path.isdir(name) or name.endswith(".pth"):
+        run = open_run(name)
+        return run.student_file, run.weights
+    return _config_of(name, "--teacher"), ""
+
+
+def build_on_meta(cfg: CfgNode, teacher_opts: Sequence = ()) -> TeacherSource:
+    """The teacher of a config, of shapes alone.
+
+    Args:
+        cfg: of the student.
+        teacher_opts: further changes to the teacher's config, KEY VALUE ...
+    """
+    cfg = cfg.clone()
+    cfg.DISTILL.TEACHER.OPTS = [*cfg.DISTILL.TEACHER.OPTS, *teacher_opts]
+    with torch.device("meta"):
+        return build_teacher_detector(cfg)
+
+
+def student_family(cfg: CfgNode) -> Family:
+    """The family of a student, of shapes alone."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = "meta", False
+    with torch.device("meta"):
+        return build_family(build_detector(cfg))
+
+
+def _teacher_names(cfg: CfgNode, teacher: Family, weights: str) -> Tuple[str, ...]:
+    """The teacher's classes: those in its file, else those of the data that its config names, if
+    they are as many as it has."""
+    if os.path.isfile(weights) and class_names_in(weights):
+        return class_names_in(weights)
+    node = cfg.DISTILL.TEACHER
+    if is_python(node.CONFIG):
+        return ()
+    names = class_names_of(read_config(node.CONFIG, node.OPTS).DATASETS.TRAIN)
+    return names if len(names) == teacher.num_classes else ()

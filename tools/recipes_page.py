@@ -1,0 +1,289 @@
+#!/usr/bin/env python
+"""Writes docs/recipes.md from the configs and docs/recipes.yaml.
+
+python tools/recipes_page.py
+python tools/recipes_page.py --check
+
+With ``--check`` nothing is written; the exit status tells whether the page is up to date.
+"""
+
+import argparse
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Sequence
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS, DATA, PAGE = ROOT / "configs", ROOT / "docs/recipes.yaml", ROOT / "docs/recipes.md"
+RESULTS = ROOT / "docs/results.md"
+ABLATION = "_ablation"
+
+INTRODUCTION = """\
+# Recipes
+
+<!-- Written by tools/recipes_page.py from configs/ and docs/recipes.yaml: change those. -->
+
+Every recipe that comes with d2kd: which row of which table it is, what teaches, which baseline it
+has to be compared with, and what the paper reports. AP, gains, and the AP of teachers and baselines
+are other people's: box AP on COCO val2017, AP50 on VOC 2007.{nothing}
+
+- **Teacher**: its config, and its published AP; in brackets what the source of the row says, where
+  that differs. Weights are *MMDetection's* or those of *Detectron2's* model zoo, downloaded at the
+  start, or the teacher is *trained* first. Where MMDetection publishes it, a second recipe trains
+  it here.
+- **Baseline**: the plain student to train beside it, its AP likewise. Compare with your own run of
+  it, not with this number: [differences from MMDetection](differences.md) remain.
+- **Reported**: AP of the distilled student, and the gain over the baseline of the same source.
+- **Source**: *authors* (their abstract or README) and *third party* (another paper's or project's
+  table) were read; a *note* is somebody's reading note of the paper, which was not compared with
+  the paper itself. Then what is not certain about the recipe. The header of each config says more.
+- **GPU**: memory per GPU and hours, where they were measured.
+"""
+
+NOTHING_RUN = "\n**No recipe on COCO or VOC has been run here, nor timed on a GPU.**"
+
+BEFORE = """\
+## Running a row
+
+Data sets are laid out as [datasets/README.md](../datasets/README.md) says. torchvision's ResNets,
+and what MMDetection and Detectron2's model zoo publish, are downloaded at the start.
+
+The schedules are those of 16 images per step, 2 on each of 8 GPUs. On fewer (here 2) the linear
+rule keeps 2 images per GPU, divides the learning rate and multiplies all numbers of iterations; it
+can stand at the end of any command:
+
+<!-- needs: COCO, GPU -->
+```sh
+python train_net.py --num-gpus 2 --config-file {example} \\
+    SOLVER.REFERENCE_WORLD_SIZE 8
+```
+
+The rows of an ablation are one file; `d2kd compare FILE --commands` prints the command
+of each.
+
+Below, one row of each method, in order. Training ends with an evaluation. The folder of a run is
+`output/<its name>`; an interrupted one goes on with `--resume`.
+"""
+
+EMBEDDED = """\
+## Embedded benchmark
+
+These run on a CPU in minutes; [results.md](results.md) holds what was measured.
+"""
+
+
+def stem(path: Path) -> str:
+    """``frs/retinanet_R_50_R_101-zoo-3x_1x`` for that config."""
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+def files(name: str) -> Iterator[Path]:
+    """A config and what it is based on, nearest first."""
+    path = CONFIGS / f"{name}.yaml"
+    bases = yaml.safe_load(path.read_text()).get("_BASE_", [])
+    yield path
+    for base in [bases] if isinstance(bases, str) else bases:
+        yield from files(stem((path.parent / base).resolve()))
+
+
+def teacher_of(recipe: str) -> str:
+    """``mmdet/retinanet_R_101_FPN_2x.yaml``, as the recipe names it."""
+    for path in files(recipe):
+        distill = yaml.safe_load(path.read_text()).get("DISTILL", {})
+        if distill.get("TEACHER", {}).get("CONFIG"):
+            return distill["TEACHER"]["CONFIG"]
+    raise ValueError(f"{recipe} names no teacher")
+
+
+def baseline_of(recipe: str) -> str:
+    """``baselines/retinanet_R_50_FPN_2x.yaml``: the plain student that a recipe is based on."""
+    return next(f"{stem(p)}.yaml" for p in files(recipe) if p.parent.name == "baselines")
+
+
+def recipes() -> List[str]:
+    """All recipes by name, those of the embedded benchmark last."""
+    paths = [p for p in CONFIGS.rglob("*.yaml") if not p.stem.endswith(ABLATION)]
+    names = sorted(stem(p) for p in paths if "DISTILL:" in p.read_text())
+    return sorted(names, key=lambda name: name.startswith("shapes/"))
+
+
+def tables() -> List[str]:
+    """All files of ablations on COCO and VOC by name."""
+    names = sorted(stem(p) for p in CONFIGS.rglob(f"*{ABLATION}.yaml"))
+    return [name for name in names if not name.startswith("shapes/")]
+
+
+def trained_variant(recipe: str) -> Optional[str]:
+    """The recipe with the same teacher, trained first; None if there is none."""
+    name = recipe.replace("-mmdet_", "_")
+    return name if name != recipe and (CONFIGS / f"{name}.yaml").exists() else None
+
+
+def check(data: Dict) -> None:
+    """
+    Raises:
+        SystemExit: for a recipe without an entry, or an entry without a recipe.
+    """
+    on_coco = [name for name in recipes() if not name.startswith("shapes/")]
+    variants = {trained_variant(name) for name in on_coco}
+    for kind, there in (("recipes", set(on_coco) - variants), ("tables", set(tables()))):
+        listed = set(data[kind])
+        for name in sorted(there ^ listed):
+            what = "has no entry" if name in there else "does not exist"
+            sys.exit(f"docs/recipes.yaml, {kind}: configs/{name}.yaml {what}")
+
+
+def published(data: Dict, config: str) -> Optional[float]:
+    """AP of a detector; that of MMDetection's files is that of the same settings."""
+    return data["published"].get(config.replace("mmdet/", "baselines/"))
+
+
+def link(config: str, text: str = "") -> str:
+    name = Path(config).stem
+    if not (CONFIGS / config).exists():  # the model zoo's
+        return f"{name}"
+    return f"[{text or name}](../configs/{config})"
+
+
+def teacher_cell(data: Dict, recipe: str) -> str:
+    config, entry = teacher_of(recipe), data["recipes"].get(recipe, {})
+    ap, other = entry.get("weights", published(data, config)), entry.get("teacher")
+    folder = config.split("/")[0]
+    origin = {"mmdet": "MMDetection's", "baselines": "trained"}.get(folder, "Detectron2's")
+    return f"{link(config)}{numbers(ap, other)}; *{origin}*"
+
+
+def numbers(ap: Optional[float], other: Optional[float]) -> str:
+    """An AP, and in brackets that of the row's source where it is another."""
+    return (f", {ap}" if ap else "") + (f" ({other})" if other else "")
+
+
+def reported(ap: Optional[float], plain: Optional[float]) -> str:
+    if ap is None:
+        return ""
+    if plain is None:
+        return f"{ap}"
+    return f"{ap} ({Decimal(str(ap)) - Decimal(str(plain)):+})"
+
+
+def recipe_row(data: Dict, recipe: str) -> List[str]:
+    entry, baseline = data["recipes"][recipe], baseline_of(recipe)
+    variant = trained_variant(recipe)
+    source = ", unsure: ".join(str(entry[x]) for x in ("source", "doubt") if entry.get(x))
+    run = [f"{entry[x]} {unit}" for x, unit in (("memory", "GB"), ("hours", "h")) if entry.get(x)]
+    own = published(data, baseline)
+    plain = entry.get("plain", own)
+    return [
+        link(f"{recipe}.yaml")
+        + (f", {link(f'{variant}.yaml', 'teacher trained first')}" if variant else ""),
+        entry.get("row", "none"),
+        teacher_cell(data, recipe),
+        link(baseline) + numbers(own, plain if plain != own else None),
+        reported(entry.get("ap"), plain),
+        source,
+        ", ".join(run),
+        entry.get("status", "not run"),
+    ]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+HEAD = ("recipe", "row", "teacher", "baseline", "reported", "source", "GPU", "status")
+
+
+def table_of(data: Dict, name: str) -> str:
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    aps = data["tables"][name]
+    unknown = set(aps) - {"plain student", *content["ROWS"]}
+    if unknown:
+        sys.exit(f"docs/recipes.yaml, tables: {name} has no row {sorted(unknown)}")
+    rows = [[label, str(aps.get(label, ""))] for label in ("plain student", *content["ROWS"])]
+    text = f"Ablation {link(f'{name}.yaml')}, not run"
+    if not aps:
+        return f"{text}; no published numbers: {len(rows) - 1} rows beside the plain student."
+    return f"{text}; AP of a note:\n\n{markdown(('row', 'AP'), rows)}"
+
+
+def method_section(data: Dict, folder: str) -> str:
+    method = data["methods"][folder]
+    names = [n for n in data["recipes"] if n.startswith(f"{folder}/")]
+    parts = [f"## {method['name']}", f"[Paper]({method['paper']}), [page](methods/{folder}.md)."]
+    if "remark" in method:
+        parts.append(method["remark"])
+    parts.append(markdown(HEAD, [recipe_row(data, n) for n in names]))
+    parts += [table_of(data, n) for n in tables() if n.startswith(f"{folder}/")]
+    parts.append("Not here:\n\n" + "\n".join(f"- {line}" for line in method["missing"]))
+    return "\n\n".join(parts)
+
+
+def train(config: str, comment: str, *options: str) -> List[str]:
+    words = ["python train_net.py --num-gpus 8", *options, f"--config-file configs/{config}"]
+    return [f"# {comment}", " ".join(words)]
+
+
+def commands(data: Dict, folder: str) -> str:
+    method = data["methods"][folder]
+    recipe = method["commands"]
+    entry, baseline, teacher = data["recipes"][recipe], baseline_of(recipe), teacher_of(recipe)
+
+    def named(what: str, ap: Optional[float]) -> str:
+        return f"{what}, {ap} AP reported" if ap else what
+
+    lines = []
+    if teacher.startswith("mmdet/"):
+        ap = published(data, teacher)
+        lines += train(teacher, f"the teacher as published: should have {ap} AP", "--eval-only")
+    elif teacher.startswith("baselines/"):
+        lines += train(teacher, named("the teacher", published(data, teacher)))
+    plain = entry.get("plain", published(data, baseline))
+    lines += train(baseline, named("the plain student", plain))
+    lines += train(f"{recipe}.yaml", named(f"with {method['name']}", entry.get("ap")))
+    block = "\n".join(["<!-- needs: COCO, GPU -->", "```sh", *lines, "```"])
+    return f"**{method['name']}**\n\n{block}"
+
+
+def embedded() -> str:
+    measured = RESULTS.read_text()
+    rows = []
+    for name in recipes():
+        if name.startswith("shapes/"):
+            there = any(f"{name}{end}.yaml" in measured for end in ("", ABLATION))
+            cells = [f"{name}.yaml", teacher_of(name), baseline_of(name)]
+            links = [link(x, x[len("shapes/") : -len(".yaml")]) for x in cells]
+            rows.append([*links, "measured" if there else ""])
+    return EMBEDDED + "\n" + markdown(("recipe", "teacher", "baseline", "status"), rows)
+
+
+def page(data: Dict) -> str:
+    """The whole page."""
+    check(data)
+    run = any("status" in entry for entry in data["recipes"].values())
+    example = f"configs/{data['methods']['frs']['commands']}.yaml"
+    sections = [
+        INTRODUCTION.format(nothing="" if run else NOTHING_RUN).strip(),
+        *(method_section(data, folder) for folder in data["methods"]),
+        BEFORE.format(example=example).strip(),
+        *(commands(data, folder) for folder in data["methods"]),
+        embedded(),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
+    args = parser.parse_args()
+    text = page(yaml.safe_load(DATA.read_text()))
+    if not args.check:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        sys.exit("docs/recipes.md is not up to date: run python tools/recipes_page.py")
+
+
+if __name__ == "__main__":
+    main()
