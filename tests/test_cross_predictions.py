@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from toys import STUDENTS, batch, distill_config
+from toys import AS_LOADED, STUDENTS, batch, distill_config
 
-from d2kd.modeling import build_model
+from d2kd.distillation import build_model
 
 TOOLS = os.path.join(os.path.dirname(__file__), os.pardir, "tools")
 
@@ -19,8 +19,9 @@ def test_twins_detect_the_same_by_either_head(monkeypatch, tmp_path, family):
 
     low = [f"MODEL.{family.upper()}.SCORE_THRESH_TEST", 0.0]
     cfg = distill_config(tmp_path, family, low, methods=["CrossKD"], teacher_opts=low)
-    cfg.DISTILL.CROSSKD.TAP = 1
+    cfg.DISTILL.CROSSKD.DEPTH = 1
     cfg.MODEL.BASIC_RESNET.WIDTH = 16
+    cfg.merge_from_list(AS_LOADED)
     model = build_model(cfg).eval()
     model.student.load_state_dict(model.teacher.detector.state_dict())
     inputs = batch()

@@ -1,4 +1,5 @@
-"""Every shipped recipe: it reads, it is short, and its pair can be built and trained."""
+"""Every shipped recipe and every row of a file of ablations: it reads, it is short, and teacher and
+student fit."""
 
 import glob
 import os
@@ -6,58 +7,116 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from detectron2.config import get_cfg
 
 from d2kd.config import add_distill_config, load_yaml
+from d2kd.distillation.build import build_detector, build_teacher_detector
+from d2kd.evidence.rows import read_rows, read_table
+from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import CONFIG_DIRS, resolve_config
-from d2kd.modeling import build_family
-from d2kd.modeling.build import (
-    _check_offers,
-    build_detector,
-    build_teacher_detector,
-    distilled_methods,
-)
+from d2kd.views import build_family
 
-RECIPES = {
+CONFIGS = {
     os.path.relpath(path, folder): path
     for folder in CONFIG_DIRS
-    for path in sorted(glob.glob(os.path.join(folder, "*", "*.yaml")))
-    if "DISTILL:" in Path(path).read_text()
+    for path in sorted(glob.glob(os.path.join(folder, "**", "*.yaml"), recursive=True))
 }
+TABLES = {name: path for name, path in CONFIGS.items() if name.endswith("_ablation.yaml")}
+RECIPES = {
+    name: path
+    for name, path in CONFIGS.items()
+    if name not in TABLES and "DISTILL:" in Path(path).read_text()
+}
+# Label -> (config, overrides): all recipes, and the rows of tables that change something
+CASES = {name: (path, []) for name, path in RECIPES.items()}
+for table, path in TABLES.items():
+    rows = [row for row in read_table(path) if row.opts]
+    CASES.update({f"{table}: {row.label}": (row.config, row.opts) for row in rows})
+
+
+def read(path, opts=()):
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    load_yaml(cfg, path, list(opts))
+    return cfg
+
+
+def test_there_are_recipes_of_every_method():
+    folders = {"crosskd", "defeat", "frs", "gdetkd", "hgd", "ld", "mgd", "mimicking"}
+    tiny = {f"shapes/{folder}" for folder in folders}
+    assert {os.path.dirname(name) for name in RECIPES} == folders | tiny | {"pkd"}
+    assert {os.path.dirname(name) for name in TABLES} < folders | tiny
+    assert len(RECIPES) >= 115 and len(TABLES) >= 16
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *TABLES])
+def test_is_documented(name):
+    assert Path(CONFIGS[name]).read_text().startswith("# ")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_short_and_documented(name):
-    with open(RECIPES[name]) as f:
-        lines = f.read().splitlines()
-    assert lines[0].startswith("# ")
+def test_recipe_is_short(name):
+    lines = Path(RECIPES[name]).read_text().splitlines()
     assert len([line for line in lines if not line.startswith("#")]) <= 15
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_repeats_nothing_that_follows_from_its_place(name):
+    text = Path(CONFIGS[name]).read_text()
+    assert "OUTPUT_DIR" not in text and "output/" not in text
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_pair_of_a_recipe_fits(name):
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, RECIPES[name], ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
+def test_teacher_of_a_recipe_exists(name):
+    cfg = read(RECIPES[name])
+    assert f"output/{os.path.splitext(name)[0]}" == cfg.OUTPUT_DIR
+    path = resolve_config(cfg.DISTILL.TEACHER.CONFIG, "test")
+    if cfg.DISTILL.TEACHER.CONFIG in CONFIGS:
+        folder = os.path.basename(os.path.dirname(path))
+        assert folder == ("mmdet" if "-mmdet_" in name else "baselines")
+        assert read(path).DATASETS.TEST == cfg.DATASETS.TEST
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.replace("-mmdet_", "_") != n])
+def test_published_and_trained_teacher_are_all_that_differs(name):
+    path = RECIPES.get(name.replace("-mmdet_", "_"))
+    if path is None:  # a teacher that is not trained here
+        return
+    published, trained = read(RECIPES[name]), read(path)
+    config = published.DISTILL.TEACHER.CONFIG
+    assert config.replace("mmdet/", "baselines/") == trained.DISTILL.TEACHER.CONFIG
+    published.DISTILL.TEACHER.CONFIG = trained.DISTILL.TEACHER.CONFIG
+    published.OUTPUT_DIR = trained.OUTPUT_DIR
+    assert published == trained
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_of_a_table_changes_something(name):
+    plain, *rows = read_rows(TABLES[name])
+    assert read(plain.config).DISTILL.METHODS == []
+    assert {row.config.replace(".yaml", "_ablation.yaml") for row in rows} == {TABLES[name]}
+    texts = [read(row.config, row.opts).dump() for row in rows]
+    assert len(set(texts)) == len(rows)
+    # One row is the recipe itself
+    assert texts.count(read(rows[0].config).dump()) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pair_fits(case):
+    path, opts = CASES[case]
+    cfg = read(path, [*opts, "MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
     with torch.device("meta"):  # shapes only
         student = build_family(build_detector(cfg))
         teacher = build_family(build_teacher_detector(cfg)[0])
-    methods = distilled_methods(cfg)
-    assert methods, "nothing is distilled"
-    for method in methods.values():
-        _check_offers(method, cfg, student, teacher)
-        with torch.device("meta"):
-            distiller = method(cfg, student, teacher)
-        assert distiller.terms
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_teacher_is_where_its_config_puts_it(name):
-    with open(RECIPES[name]) as f:
-        teacher = yaml.safe_load(f).get("DISTILL", {}).get("TEACHER", {})
-    weights = teacher.get("WEIGHTS", "")
-    if weights.startswith("output/"):
-        path = resolve_config(teacher["CONFIG"], "test")
-        with open(path) as f:
-            assert yaml.safe_load(f)["OUTPUT_DIR"] == os.path.dirname(weights)
+        assert cfg.DISTILL.METHODS
+        for name in cfg.DISTILL.METHODS:
+            method, node = DISTILLER_REGISTRY.get(name), cfg.DISTILL[name.upper()]
+            method.check_config(node)
+            method.check_pair(node, student, teacher)
+            reads = method.reads(node, student, teacher)
+            for term in reads.values():
+                student.observed(term.student)  # raises CannotRead if it has none
+                teacher.observed(term.teacher)
+            method.check_pair(node, student, teacher)
+            terms = method(node, student, teacher).terms
+            assert terms and terms == set(reads) == set(method.enabled_terms(node))

@@ -6,17 +6,19 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from d2kd.config import add_distill_config, load_yaml
+from d2kd.distillation import build_detector
 from d2kd.model_zoo import resolve_config
-from d2kd.modeling import build_detector
 
 # One small student per family, as shipped for the embedded benchmark
 STUDENTS = {
-    "RetinaNet": "shapes/retinanet_tiny.yaml",
-    "FCOS": "shapes/fcos_tiny.yaml",
-    "ATSS": "shapes/atss_tiny.yaml",
-    "GFL": "shapes/gfl_tiny.yaml",
-    "FasterRCNN": "shapes/faster_rcnn_tiny.yaml",
+    "RetinaNet": "shapes/baselines/retinanet_tiny.yaml",
+    "FCOS": "shapes/baselines/fcos_tiny.yaml",
+    "ATSS": "shapes/baselines/atss_tiny.yaml",
+    "GFL": "shapes/baselines/gfl_tiny.yaml",
+    "FasterRCNN": "shapes/baselines/faster_rcnn_tiny.yaml",
 }
+# A teacher with the modules and weights of its file
+AS_LOADED = ["DISTILL.TEACHER.FOLD_NORMS", False, "DISTILL.TEACHER.CHANNELS_LAST", False]
 SMALLER = ["MODEL.ROI_BOX_HEAD.FC_DIM", 16]
 
 

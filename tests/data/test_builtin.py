@@ -88,7 +88,7 @@ def test_the_command_draws_and_reports_errors_in_one_line(tmp_path):
     (tmp_path / "mine").write_text("")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
-        [sys.executable, tool, "shapes_tiny", "--output", str(tmp_path / "mine")],
+        [sys.executable, "-W", "ignore", tool, "shapes_tiny", "--output", str(tmp_path / "mine")],
         env=env,
         capture_output=True,
         text=True,

@@ -14,10 +14,10 @@ from d2kd.errors import UserError
 NAME = "check_train"
 
 
-def coco(boxes=((2, 2, 10, 10),), category=1):
+def coco(boxes=((2, 2, 10, 10),), category=1, file_name="1.png"):
     """A COCO JSON of one 40 × 30 image."""
     return {
-        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}],
+        "images": [{"id": 1, "file_name": file_name, "width": 40, "height": 30}],
         "annotations": [
             {"id": i + 1, "image_id": 1, "category_id": category, "bbox": list(b), "iscrowd": 0}
             for i, b in enumerate(boxes)
@@ -60,6 +60,10 @@ def test_a_good_set_is_loaded_once_as_detectron2_does(check, monkeypatch):
     assert num_classes_of([NAME]) == 2
 
 
+def test_names_may_wander_within_the_folder(check):
+    assert len(check(coco(file_name="a/../1.png"))) == 1
+
+
 def test_classes_are_unknown_without_metadata():
     DatasetCatalog.register("check_bare", lambda: [])
     try:
@@ -90,6 +94,8 @@ MISSING_CATEGORIES = {k: v for k, v in coco().items() if k != "categories"}
         (coco(category=9), {}, "instances.json.*category_id=9"),
         (coco(boxes=((1, 2, 3),)), {}, "'bbox' that is not 4 numbers"),
         (coco(boxes=((),)), {}, "instances.json.*empty 'bbox'"),
+        (coco(file_name="../1.png"), {}, r"/\.\./1.png' is outside of the image folder"),
+        (coco(file_name="/etc/1.png"), {}, "'/etc/1.png' is outside of the image folder"),
     ],
 )
 def test_trouble_is_told_in_one_line(check, content, options, words):

@@ -20,8 +20,8 @@ from d2kd.data import shapes
 from d2kd.data.outlines import OUTLINES, keyhole
 from d2kd.data.shapes import SHAPES, SHAPES_TINY, draw_image
 from d2kd.data.shapes_files import MANIFEST, annotation_file, prepare_shapes
+from d2kd.distillation import build_detector
 from d2kd.errors import UserError
-from d2kd.modeling import build_detector
 
 
 def rasterised(segmentation, height, width):
@@ -89,7 +89,7 @@ def test_detectron2_reads_the_polygons(tmp_path):
 
 
 def test_mask_rcnn_learns_from_the_set(toy_dataset):
-    cfg = config("shapes/mask_rcnn_tiny.yaml")
+    cfg = config("shapes/baselines/mask_rcnn_tiny.yaml")
     mapper = DatasetMapper(cfg, is_train=True)
     inputs = [mapper(d) for d in DatasetCatalog.get(toy_dataset[0])[:2]]
     torch.manual_seed(0)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from toys import STUDENTS, detector
+from toys import detector
 
-from d2kd.engine.launch import main
+from d2kd.cli.main import train as main
 
-FCOS = "shapes/fcos_tiny.yaml"
-FRS = "shapes/frs_fcos_tiny.yaml"
+FCOS = "shapes/baselines/fcos_tiny.yaml"
+FRS = "shapes/frs/fcos_tiny.yaml"
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_trains_evaluates_and_refuses_to_overwrite(run, tmp_path):
 def test_evaluation_needs_every_weight(run, tmp_path):
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
     message = run(FCOS, "MODEL.WEIGHTS", tmp_path / "other.pth", flags=["--eval-only"])
-    assert "MODEL.WEIGHTS" in message and "unfilled" in message
+    assert "MODEL.WEIGHTS" in message and "does not fill" in message
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,10 @@ def test_bad_input_gets_one_line(run, tmp_path, opts, expected):
     assert not (tmp_path / "run" / "model_final.pth").exists()
 
 
-def test_more_processes_than_gpus(run):
-    assert "--num-gpus is 999, but torch sees" in run(FRS, flags=["--num-gpus", "999"])
+def test_more_processes_than_gpus_or_images(run):
+    flags = ["--num-gpus", "999"]
+    assert "--num-gpus is 999, but torch sees" in run(FRS, "MODEL.DEVICE", "cuda", flags=flags)
+    assert "SOLVER.IMS_PER_BATCH is 2, expected a positive multiple" in run(FRS, flags=flags)
 
 
 def test_config_that_does_not_exist(run):
@@ -114,7 +116,7 @@ def test_corrupt_teacher(run, tmp_path, content):
 
 @pytest.mark.parametrize("lost", ["head.cls_score.bias", "backbone.bottom_up.stem.conv1.norm"])
 def test_teacher_with_an_unfilled_tensor(run, tmp_path, lost):
-    state = detector("shapes/fcos_tiny_teacher.yaml").state_dict()
+    state = detector("shapes/baselines/fcos_tiny_teacher.yaml").state_dict()
     state = {k: v for k, v in state.items() if not k.startswith(lost)}
     torch.save({"model": state}, tmp_path / "teacher.pth")
     message = run(FRS, "DISTILL.TEACHER.WEIGHTS", tmp_path / "teacher.pth")
@@ -122,5 +124,5 @@ def test_teacher_with_an_unfilled_tensor(run, tmp_path, lost):
 
 
 def test_teacher_of_another_shape(run):
-    message = run(FRS, "DISTILL.TEACHER.CONFIG", STUDENTS["RetinaNet"])
+    message = run(FRS, "DISTILL.TEACHER.OPTS", "['MODEL.BASIC_RESNET.WIDTH', 16]")
     assert "DISTILL.TEACHER.WEIGHTS is 'd2kd://fcos_tiny_teacher.pth': it does not fill" in message

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from detectron2.solver import build_optimizer
-from toys import distill_config
+from toys import config, distill_config
 
+from d2kd.distillation import build_model
 from d2kd.engine import DistillTrainer
-from d2kd.modeling import build_model
+from d2kd.errors import UserError
 
 TEMPERATURE = "distillers.GDetKD.imitation.log_temperature"
 KEY = "DISTILL.GDETKD."
@@ -23,7 +24,7 @@ def model_and_optimizer(folder, name, opts=(), methods=("GDetKD",)):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_temperature_does_not_decay(tmp_path, name, clip):
-    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", clip, KEY + "TAU_INIT", 2.0]
+    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", clip]
     model, optimizer, _ = model_and_optimizer(tmp_path, name, opts)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():
@@ -49,7 +50,7 @@ def test_all_else_is_as_without_the_exception(tmp_path, monkeypatch, name):
     model, optimizer, cfg = model_and_optimizer(tmp_path, name)
     found = groups(optimizer, model)
     assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    monkeypatch.setattr(type(model.distillers["GDetKD"]), "undecayed", lambda _: [])
+    monkeypatch.setattr(type(model.distillers["GDetKD"]), "no_weight_decay", lambda _: set())
     plain = groups(DistillTrainer.build_optimizer(cfg, model), model)
     assert found.pop(TEMPERATURE) == {**plain.pop(TEMPERATURE), "weight_decay": 0.0}
     assert found == plain
@@ -67,8 +68,31 @@ def test_without_exceptions_the_groups_are_detectron2s(tmp_path):
     assert len(optimizer.param_groups) == len(build_optimizer(cfg, model).param_groups)
 
 
-def test_frozen_temperature_is_left_out(tmp_path):
-    model, optimizer, _ = model_and_optimizer(tmp_path, "SGD", [KEY + "DETACH_ALPHA", True])
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    frozen = [p for p in model.distillers.parameters() if not p.requires_grad]
-    assert len(frozen) == 5 and not any(id(p) in trained for p in frozen)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_norm_of_all_gradients_together_is_clipped(tmp_path, name):
+    clip = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 2.0]
+    opts = [*clip, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
+    model, optimizer, cfg = model_and_optimizer(tmp_path, name, opts, methods=["FRS"])
+    _, plain, _ = model_and_optimizer(tmp_path, name, methods=["FRS"])
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    assert options == [{k: v for k, v in g.items() if k != "params"} for g in plain.param_groups]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    total = torch.stack([p.grad.norm() for p in model.parameters() if p.requires_grad]).norm()
+    assert total.item() == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (["SOLVER.BASE_LR", -1.0], "the optimizer that SOLVER describes cannot be built: .*-1.0"),
+        (["SOLVER.WEIGHT_DECAY_BIAS", ""], "SOLVER.WEIGHT_DECAY_BIAS is '', expected a number"),
+        (["SOLVER.LR_SCHEDULER_NAME", "x"], "the schedule of the learning rate that SOLVER .*x"),
+    ],
+)
+def test_what_torch_or_detectron2_refuse_is_one_line(tmp_path, opts, words):
+    cfg = config("shapes/baselines/fcos_tiny.yaml", opts)
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match=words):
+        DistillTrainer.build_lr_scheduler(cfg, DistillTrainer.build_optimizer(cfg, model))

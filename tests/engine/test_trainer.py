@@ -6,55 +6,17 @@ import sys
 
 import pytest
 import torch
-from detectron2.engine import HookBase
-from toys import STUDENTS, distill_config
+from runs import run_config, train
+from toys import AS_LOADED, STUDENTS
 
+from d2kd.checkpoint import write_student_yaml
+from d2kd.checkpoint.weights import checksum
 from d2kd.data.loader import ResumableLoader
+from d2kd.distillation import build_model
 from d2kd.engine import DistillTrainer
-from d2kd.engine.checkpoint import write_student_yaml
-from d2kd.modeling.weights import checksum
 
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(HookBase):
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def before_step(self):
-        if self.trainer.iter == self.iteration:
-            raise Killed
-
-
-def run_config(folder, student, toy_dataset, opts=(), **kwargs):
-    """A run of six steps with a checkpoint after three and an evaluation after two."""
-    train, val = toy_dataset
-    short = ["DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,), "INPUT.MIN_SIZE_TRAIN", (64, 80)]
-    short += ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.IMS_PER_BATCH", 2]
-    short += ["TEST.EVAL_PERIOD", 2, "SOLVER.WARMUP_ITERS", 4, "SEED", 5]
-    folder.mkdir(exist_ok=True)
-    return distill_config(folder, student, [*short, *opts], **kwargs)
-
-
-def train(cfg, resume=False, kill_at=None):
-    from detectron2.utils.env import seed_all_rng
-
-    seed_all_rng(cfg.SEED)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if kill_at is not None:
-        trainer.register_hooks([KillAt(kill_at)])
-    try:
-        trainer.train()
-    except Killed:
-        assert kill_at is not None
-    return trainer
-
-
-# A memory, a parameter that does not decay, random regions
-GDETKD = ["DISTILL.GDETKD.ROIS", "gt_jitter", "DISTILL.GDETKD.QUEUE_SIZE", 500]
+# A queue, a parameter that does not decay, random regions
+GDETKD = ["DISTILL.GDETKD.PROPOSALS_FROM", "teacher", "DISTILL.GDETKD.QUEUE_SIZE", 500]
 RUNS = {name: (name, (), "FRS") for name in STUDENTS}
 RUNS["GDetKD"] = ("FasterRCNN", GDETKD, "GDetKD")
 
@@ -65,7 +27,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(
 ):
     whole = train(run_config(tmp_path / "a", student, toy_dataset, opts, methods=[method]))
     cfg = run_config(tmp_path / "b", student, toy_dataset, opts, methods=[method])
-    killed = train(cfg, kill_at=5)
+    killed = train(cfg, at=5)
     assert checksum(killed.student) != checksum(whole.student)
     resumed = train(cfg, resume=True)
     assert resumed.start_iter == 3
@@ -85,21 +47,27 @@ def test_kd_off_run_is_a_plain_run(tmp_path, toy_dataset):
 def test_teacher_is_unchanged_and_absent_from_the_file(tmp_path, toy_dataset):
     cfg = run_config(tmp_path / "a", "FCOS", toy_dataset)
     trainer = train(cfg)
-    teacher = torch.load(cfg.DISTILL.TEACHER.WEIGHTS, weights_only=True)["model"]
-    now = trainer.bare_model.teacher.detector.state_dict()
-    assert all(torch.equal(teacher[k], now[k]) for k in teacher)
+    teacher, rebuilt = trainer.bare_model.teacher, build_model(cfg).teacher
+    cfg.merge_from_list(AS_LOADED)
+    loaded = build_model(cfg).teacher
+    assert teacher.checksum == rebuilt.checksum == checksum(loaded.detector)
+    assert checksum(teacher.detector) == checksum(rebuilt.detector) != teacher.checksum
     saved = torch.load(tmp_path / "a" / "run" / "model_final.pth", weights_only=True)
     assert saved["model"].keys() == trainer.student.state_dict().keys()
-    assert set(saved) == {"model", "distillers", "trainer", "run_state", "iteration"}
+    keys = {"model", "classes", "distillers", "trainer", "run_state", "iteration"}
+    assert set(saved) == keys
 
 
 def test_terms_and_weights_are_logged(tmp_path, toy_dataset):
     opts = ["SOLVER.MAX_ITER", 20, "DISTILL.FRS.FEATURE.WARMUP_ITERS", 40]
-    train(run_config(tmp_path / "a", "FCOS", toy_dataset, opts))
+    cfg = run_config(tmp_path / "a", "FCOS", toy_dataset, opts)
+    train(cfg)
     lines = (tmp_path / "a" / "run" / "metrics.json").read_text().splitlines()
     logged = {k: v for line in lines for k, v in json.loads(line).items()}
     assert logged["loss_frs_feature"] > 0 and logged["loss_frs_cls"] > 0
-    assert logged["distill/frs_feature/weight"] == pytest.approx(0.005 * 19 / 40)
+    assert logged["distill/frs_feature/weight"] == pytest.approx(
+        cfg.DISTILL.FRS.FEATURE.WEIGHT * 19 / 40
+    )
     assert {f"distill/frs_feature/level{i}" for i in range(5)} <= set(logged)
 
 

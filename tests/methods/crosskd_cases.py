@@ -1,10 +1,11 @@
 """Two heads on fixed FPN levels, and the end-to-end cases of CrossKD's original code for them."""
 
+import json
+import math
 import os
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -13,17 +14,39 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from d2kd.distillation import Teacher, TeacherStudent
 from d2kd.methods import DISTILLER_REGISTRY
-from d2kd.methods.schedule import TermSchedule
-from d2kd.modeling import Teacher, TeacherStudent, build_family
+from d2kd.methods.core import TermSchedule
 from d2kd.modeling.meta_arch import ATSS, GFL, PaperFCOS
 from d2kd.modeling.meta_arch.integral import IntegralBoxTransform
 from d2kd.modeling.meta_arch.paper_fcos import PaperFCOSHead
 from d2kd.modeling.meta_arch.scaled_head import ScaledHead
+from d2kd.views import build_family
 
 _REFERENCE = os.path.join(os.environ.get("D2KD_REFERENCE", ""), "crosskd.npz")
 _GOLDEN = os.path.join(os.path.dirname(__file__), "golden", "crosskd.npz")
 ARRAYS = dict(np.load(_REFERENCE if os.path.isfile(_REFERENCE) else _GOLDEN))
+
+
+def _unpack(path):
+    """Arrays by name from two long ones, of whole numbers (over a divisor) and of floats."""
+    packed = np.load(path)
+    blobs = {name: packed[name] for name in ("whole", "floats")}
+    index = json.loads(packed["index"].tobytes())
+    arrays = {key: np.array(names) for key, names in index["names"].items()}
+    for key, (blob, start, shape, divisor, kind) in index["arrays"].items():
+        array = blobs[blob][start : start + math.prod(shape)].reshape(shape) / divisor
+        arrays[key] = array.astype(np.int64 if kind == "i" and divisor == 1 else np.float32)
+    return arrays
+
+
+# The original's end-to-end cases: those of the reference folder, of 32 channels, and small ones
+# that come with the tests: jbwang1997/CrossKD 87e156a run with torch 2.11 and mmcv-lite 2.0.0 on
+# heads of 4 channels, whose random weights are multiples of 1/64 (FPN levels: of 1/32)
+END_TO_END = {
+    "golden": _unpack(os.path.join(os.path.dirname(_GOLDEN), "crosskd_end_to_end.npz")),
+    "reference": ARRAYS,
+}
 
 STRIDES = (8, 16, 32, 64, 128)
 LEVELS = range(len(STRIDES))
@@ -41,24 +64,35 @@ PREDICTORS = {
     "conv_reg": "bbox_pred",
     "conv_centerness": "ctrness",
 }
-# Term weights and tap of the released configs
+# Term weights and depth of the released configs
 WEIGHTS = {
     "gfl": {"cls": 1.0, "bbox": 4.0},
     "retinanet": {"cls": 1.0, "bbox": 1.0},
     "atss": {"cls": 1.0, "bbox": 1.0, "centerness": 1.0},
     "fcos": {"cls": 0.4, "bbox": 0.75},
 }
-TAPS = {"gfl": 3, "retinanet": 3, "atss": 3, "fcos": 2}
-ORIGINAL_TERMS = {"cls": "loss_cls_kd", "bbox": "loss_reg_kd"}
+DEPTHS = {"gfl": 3, "retinanet": 3, "atss": 3, "fcos": 2}
+# The original's names of terms, and of the losses of the student alone
+ORIGINAL_TERMS = {"cls": "loss_cls_kd", "bbox": "loss_reg_kd", "centerness": "losses_center_kd"}
+ORIGINAL_LOSSES = {
+    "gfl": {"loss_cls": "loss_cls", "loss_box_reg": "loss_bbox", "loss_dfl": "loss_dfl"},
+    "retinanet": {},  # Detectron2's divides by a moving average
+    "atss": {
+        "loss_cls": "loss_cls",
+        "loss_box_reg": "loss_bbox",
+        "loss_centerness": "loss_centerness",
+    },
+    "fcos": {
+        "loss_fcos_cls": "loss_cls",
+        "loss_fcos_loc": "loss_bbox",
+        "loss_fcos_ctr": "loss_centerness",
+    },
+}
 
 
-def array(key):
+def array(key, source="reference"):
     """A stored tensor."""
-    return torch.from_numpy(ARRAYS[key])
-
-
-def has(prefix):
-    return any(key.startswith(prefix) for key in ARRAYS)
+    return torch.from_numpy(np.asarray(END_TO_END[source][key]))
 
 
 def relative_error(value, expected):
@@ -118,11 +152,11 @@ def small_detector(name, levels, seed, blocks=4, classes=CLASSES):
     return detector
 
 
-def original_detector(name, who):
+def original_detector(name, who, source="reference"):
     """A detector with the original's weights on its stored levels, as "student" or "teacher"."""
-    levels = [array(f"e2e/common/{who}_fpn_l{i}") for i in LEVELS]
+    levels = [array(f"e2e/common/{who}_fpn_l{i}", source) for i in LEVELS]
     detector = _build(name, FixedPyramid(levels))
-    _load_weights(detector.head, f"e2e/{name}/weights_{who}/")
+    _load_weights(detector.head, f"e2e/{name}/weights_{who}/", source)
     return detector
 
 
@@ -132,7 +166,7 @@ def _build(name, backbone, blocks=4, classes=CLASSES):
         "input_shape": shapes,
         "num_classes": classes,
         "conv_dims": [shapes[0].channels] * blocks,
-        "norm": lambda channels: nn.GroupNorm(8, channels),
+        "norm": lambda channels: nn.GroupNorm(2 if channels == 4 else 8, channels),
     }
     common = {
         "backbone": backbone,
@@ -170,15 +204,15 @@ def our_parameter(name, with_norm):
     return f"{tower}.{index}.{parameter}"
 
 
-def _load_weights(head, prefix):
+def _load_weights(head, prefix, source):
     # The original's tower convolutions have no bias before a norm.
     state = {k: torch.zeros_like(v) for k, v in head.state_dict().items()}
-    for key in (k for k in ARRAYS if k.startswith(prefix)):
-        name = our_parameter(key[len(prefix) :], hasattr(head, "scales"))
+    for key in (k for k in END_TO_END[source] if k.startswith(prefix)):
+        name, value = our_parameter(key[len(prefix) :], hasattr(head, "scales")), array(key, source)
         if name.startswith("scales"):
-            state["scales"][int(name[7:-1])] = array(key)
+            state["scales"][int(name[7:-1])] = value
         else:
-            state[name] = _detectron2_order(array(key), state[name].shape, "retina_" in key)
+            state[name] = _detectron2_order(value, state[name].shape, "retina_" in key)
     head.load_state_dict(state)
 
 
@@ -189,15 +223,15 @@ def _detectron2_order(weight, shape, reorder):
     return weight.reshape(shape)
 
 
-def original_batch(with_objects=True):
-    """Two images; the first fills the padded batch of 128 x 192, the second 96 x 160 of it."""
+def original_batch(with_objects=True, source="reference"):
+    """Two images; the first fills the padded batch (128 x 192 or 96 x 160), the second a part."""
     batch = []
     for i in range(2):
-        height, width = array(f"e2e/common/pad_shape_hw_img{i}").tolist()
+        height, width = array(f"e2e/common/pad_shape_hw_img{i}", source).tolist()
         instances = Instances((height, width))
         keep = slice(None) if with_objects else slice(0)
-        instances.gt_boxes = Boxes(array(f"e2e/common/gt_boxes_img{i}")[keep])
-        instances.gt_classes = array(f"e2e/common/gt_labels_img{i}")[keep]
+        instances.gt_boxes = Boxes(array(f"e2e/common/gt_boxes_img{i}", source)[keep])
+        instances.gt_classes = array(f"e2e/common/gt_labels_img{i}", source)[keep]
         batch.append({"image": torch.zeros(3, height, width), "instances": instances})
     return batch
 
@@ -208,7 +242,7 @@ def small_pair(name, seed=0, **kwargs):
 
 
 def distilled(name, student, teacher, opts=(), method="CrossKD"):
-    """A student under a method, with the weights and the tap of the released config.
+    """A student under a method, with the weights and the depth of the released config.
 
     Args:
         name: "gfl", "retinanet", "atss" or "fcos".
@@ -216,18 +250,24 @@ def distilled(name, student, teacher, opts=(), method="CrossKD"):
         opts: keys of the method and their values, in pairs.
         method: name of the method.
     """
-    cfg = CfgNode({"DISTILL": {c.upper(): m.default_config() for c, m in DISTILLER_REGISTRY}})
-    node = cfg.DISTILL[method.upper()]
-    if "TAP" in node:
-        node.TAP = TAPS[name]
+    cls = DISTILLER_REGISTRY.get(method)
+    node = cls.default_config()
+    if "DEPTH" in node:
+        node.DEPTH = DEPTHS[name]
     for term, weight in WEIGHTS[name].items():
         node[term.upper()].WEIGHT = weight
     node.merge_from_list(list(opts))
+    cls.check_config(node)
     teacher = Teacher(teacher, input_format="BGR", student=student, student_format="BGR")
-    distiller = DISTILLER_REGISTRY.get(method)(cfg, build_family(student), teacher.family)
-    schedules = {
-        (method, t): TermSchedule.from_config(node[t.upper()], 90000, "") for t in distiller.terms
-    }
+    pair = build_family(student), teacher.family
+    distiller = cls(node, *pair)
+    terms = distiller.terms
     return TeacherStudent(
-        student=student, teacher=teacher, distillers={method: distiller}, schedules=schedules
+        student=student,
+        teacher=teacher,
+        distillers={method: distiller},
+        reads={(method, t): r for t, r in cls.reads(node, *pair).items()},
+        schedules={
+            (method, t): TermSchedule.from_config(node[t.upper()], max_iter=90000) for t in terms
+        },
     )

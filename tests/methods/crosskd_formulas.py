@@ -12,6 +12,8 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 # Detectron2 clamps the logarithm of a size at this; the original from below as well
 LARGEST = math.log(1000 / 16)
 SUBNETS = {"cls": "cls_subnet", "bbox": "bbox_subnet"}
+# The tower that the centerness stands on
+CENTERNESS = {"atss": "bbox", "fcos": "cls"}
 
 
 def align(student, teacher):
@@ -39,7 +41,7 @@ def _predict(name, head, towers, level):
         boxes = head.scales[level] * boxes
     if name == "fcos":
         boxes = boxes.exp()
-    centerness = head.ctrness(towers["bbox"]) if name == "atss" else None
+    centerness = head.ctrness(towers[CENTERNESS[name]]) if name in CENTERNESS else None
     return head.cls_score(towers["cls"]), boxes, centerness
 
 
@@ -72,14 +74,14 @@ def _valid(level, shape, image_sizes):
     return valid
 
 
-def cross_losses(name, student, teacher, batch, tap, cross=True):
+def cross_losses(name, student, teacher, batch, depth, cross=True):
     """Unweighted terms, summed over levels.
 
     Args:
         name: "gfl", "retinanet", "atss" or "fcos".
         student, teacher: detectors on fixed levels.
         batch: the inputs.
-        tap: k.
+        depth: blocks of the student's towers before the hand-over.
         cross: False compares the student's own predictions: prediction mimicking.
     """
     gt = [x["instances"] for x in batch]
@@ -96,9 +98,9 @@ def cross_losses(name, student, teacher, batch, tap, cross=True):
         for branch in SUBNETS:
             own[branch] = _blocks(head_s, branch, levels_s[level], 0, blocks)
             plain[branch] = _blocks(head_t, branch, levels_t[level], 0, blocks)
-            tap_s = _blocks(head_s, branch, levels_s[level], 0, tap)
-            tap_t = _blocks(head_t, branch, levels_t[level], 0, tap)
-            crossed[branch] = _blocks(head_t, branch, align(tap_s, tap_t).relu(), tap, blocks)
+            ours = _blocks(head_s, branch, levels_s[level], 0, depth)
+            theirs = _blocks(head_t, branch, levels_t[level], 0, depth)
+            crossed[branch] = _blocks(head_t, branch, align(ours, theirs).relu(), depth, blocks)
         x, boxes_x, ctr_x = (
             _predict(name, head_t, crossed, level) if cross else _predict(name, head_s, own, level)
         )
@@ -129,7 +131,7 @@ def cross_losses(name, student, teacher, batch, tap, cross=True):
                 loss = -box_iou(*decoded).diagonal().clamp(min=1e-6).log()
         bbox = bbox + (loss * confidence).sum()
         confidences = confidences + confidence.sum()
-        if name == "atss":
+        if name in CENTERNESS:
             target = _rows(ctr_z, 1).sigmoid()[:, 0]
             loss = F.binary_cross_entropy_with_logits(
                 _rows(ctr_x, 1)[:, 0], target, reduction="none"
@@ -141,7 +143,7 @@ def cross_losses(name, student, teacher, batch, tap, cross=True):
     if name == "fcos":
         divisor = _centerness_sum(Boxes.cat(anchors), torch.cat(labels, 1), gt_boxes, classes)
     terms = {"cls": cls / divisor, "bbox": bbox / (confidences if name == "gfl" else divisor)}
-    return {**terms, "centerness": centerness / divisor} if name == "atss" else terms
+    return {**terms, "centerness": centerness / divisor} if name in CENTERNESS else terms
 
 
 def _centerness_sum(points, labels, gt_boxes, classes):

@@ -1,14 +1,21 @@
-"""G-DetKD's formulas: hand-computed cases, invariances, gradients, and the memory."""
+"""G-DetKD's formulas: hand-computed cases, invariances, gradients, and the queue."""
 
 import pytest
 import torch
 from detectron2.structures import Boxes
 from torch.nn import functional as F
 
-from d2kd.methods import contrastive
-from d2kd.methods.contrastive import hit_rate, overlapping
-from d2kd.methods.gdetkd import class_aware_localization, contrastive_loss, match_levels
-from d2kd.methods.memory import Memory, gather_over_gpus
+from d2kd.layers import gather_over_gpus
+from d2kd.methods.gdetkd import (
+    class_aware_localization,
+    contrast,
+    contrastive_loss,
+    match_levels,
+)
+from d2kd.methods.gdetkd.contrast import RegionContrast, overlapping, similarity
+from d2kd.methods.gdetkd.predictions import classification_kl
+from d2kd.methods.gdetkd.queue import VectorQueue
+from d2kd.views import RegionSet
 
 KEYS = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])[:, None]
 TEACHER_KEY = torch.tensor([[1.0, 0.2]])
@@ -70,7 +77,7 @@ def test_contrast_by_hand(excluded, in_denominator, expected, mean):
 @pytest.mark.parametrize("in_denominator", [True, False])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_contrast_equals_a_loop(monkeypatch, chunk, in_denominator):
-    monkeypatch.setattr(contrastive, "_CHUNK", chunk)
+    monkeypatch.setattr(contrast, "_CHUNK", chunk)
     generator = torch.Generator().manual_seed(1)
     queries = units(generator, 6, 3, dtype=torch.float64).requires_grad_()
     keys = units(generator, 9, 3, dtype=torch.float64).requires_grad_()
@@ -119,9 +126,9 @@ def test_contrast_is_finite_without_negatives(num, places, in_denominator):
     assert torch.equal(queries.grad, torch.zeros_like(queries))
 
 
-def test_memory_needs_one_chunk_of_logits(monkeypatch):
+def test_the_queue_needs_one_chunk_of_logits(monkeypatch):
     """Whatever its size, no tensor over the whole queue is kept for the backward pass."""
-    monkeypatch.setattr(contrastive, "_CHUNK", 16)
+    monkeypatch.setattr(contrast, "_CHUNK", 16)
     queries = units(torch.Generator().manual_seed(0), 4, 8).requires_grad_()
     kept = []
 
@@ -135,14 +142,39 @@ def test_memory_needs_one_chunk_of_logits(monkeypatch):
     assert max(kept) <= 4 * 8
 
 
-def test_hit_rate():
+def hits(size, excluded, queue):
+    return similarity(QUERIES[:size], TARGETS[:size], excluded, queue, 0.5).hits().tolist()
+
+
+def test_hits():
     # The first is nearer to the third key, the third to the first: only the second hits.
-    assert hit_rate(QUERIES, TARGETS, NONE, QUEUE).item() == pytest.approx(1 / 3)
+    assert hits(3, NONE, QUEUE) == [False, True, False]
     closer = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    assert hit_rate(QUERIES, TARGETS, NONE, closer) == 0
+    assert hits(3, NONE, closer) == [False] * 3
     excluded = ~torch.eye(3, dtype=torch.bool)
-    assert hit_rate(QUERIES, TARGETS, excluded, QUEUE) == 1
-    assert hit_rate(QUERIES[:0], TARGETS[:0], NONE[:0, :0], QUEUE) == 0
+    assert hits(3, excluded, QUEUE) == hits(3, excluded, QUEUE[:0]) == [True] * 3
+    assert hits(0, NONE[:0, :0], QUEUE) == []
+
+
+def test_keys_of_zeros_are_no_negatives():
+    """Nor does a region that only fills up count, on either side."""
+    padding = torch.zeros(2, 2)
+    keys, queries = torch.cat([TARGETS, padding]), torch.cat([QUERIES, padding])
+    excluded = torch.zeros(5, 5, dtype=torch.bool)
+    loss = contrastive_loss(queries, keys, excluded, QUEUE, 0.5)
+    assert torch.allclose(loss[:3], contrastive_loss(QUERIES, TARGETS, NONE, QUEUE, 0.5))
+
+    module = RegionContrast(2, 2, proj_dim=0, gamma=0.5, negative_iou=1.0, queue_size=4)
+    boxes = [Boxes(torch.zeros(5, 4))]
+    valid = torch.tensor([True] * 3 + [False] * 2)
+    regions = RegionSet(boxes, [torch.zeros(5).long()], valid=valid)
+    torch.nn.init.eye_(module.adapter.weight)
+    filled, numbers = module(queries + 1, keys + 1, regions)
+    alone = RegionSet([boxes[0][:3]], [torch.zeros(3).long()])
+    module.queue.vectors.zero_()
+    expected, expected_numbers = module(QUERIES + 1, TARGETS + 1, alone)
+    assert filled.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert numbers()["gdetkd_ckd/hit_rate"] == expected_numbers()["gdetkd_ckd/hit_rate"]
 
 
 def test_overlaps_stay_within_an_image():
@@ -166,11 +198,7 @@ def test_localization_by_hand():
     assert loss.item() == pytest.approx(0.265, abs=1e-6)
     loss.backward()
     assert student.grad.abs().sum() > 0
-    mean = class_aware_localization(probs, student.detach() + differences, student, True)
-    assert mean.item() == pytest.approx(0.265 / 4, abs=1e-6)
-    for mean_over_deltas in (False, True):
-        none = class_aware_localization(probs[:0], student[:0], student[:0], mean_over_deltas)
-        assert none == 0
+    assert class_aware_localization(probs[:0], student[:0], student[:0]) == 0
 
 
 @pytest.mark.parametrize("student_boxes", [1, 3])
@@ -192,26 +220,44 @@ def test_localization_of_class_agnostic_boxes(teacher_boxes, student_boxes):
         assert torch.allclose(naive, expected)
 
 
-def test_memory_is_first_in_first_out():
-    memory = Memory(4, 1)
-    memory.append(torch.tensor([[1.0], [2.0], [3.0]]))
-    assert memory.vectors.flatten().tolist() == [0, 1, 2, 3]
-    memory.append(torch.tensor([[4.0], [5.0]]))
-    assert memory.vectors.flatten().tolist() == [2, 3, 4, 5]
-    memory.append(torch.zeros(0, 1))
-    assert memory.vectors.flatten().tolist() == [2, 3, 4, 5]
-    memory.append(torch.arange(10.0)[:, None])
-    assert memory.vectors.flatten().tolist() == [6, 7, 8, 9]
-    restored = Memory(4, 1)
-    restored.load_state_dict(memory.state_dict())
-    assert torch.equal(restored.vectors, memory.vectors)
-    assert memory.vectors.untyped_storage().nbytes() == 16
+def test_classes_by_hand():
+    """KL([3/4, 1/4] | [1/2, 1/2]) = log 2 + 3/4 log 3/4 + 1/4 log 1/4, and 0 where both agree."""
+    teacher = torch.tensor([[3.0, 1.0], [2.0, 5.0]]).log().requires_grad_()
+    student = torch.tensor([[1.0, 1.0], [2.0, 5.0]]).log().requires_grad_()
+    loss = classification_kl(student, teacher)
+    assert loss.item() == pytest.approx(0.130812 / 2, abs=1e-6)
+    loss.backward()  # (p_s - p_t) / R
+    expected = torch.tensor([[-0.125, 0.125], [0.0, 0.0]])
+    assert torch.allclose(student.grad, expected, atol=1e-6) and teacher.grad is None
+    assert classification_kl(student[:0], teacher[:0]) == 0
 
 
-def test_without_memory():
-    memory = Memory(0, 3)
-    memory.append(torch.ones(5, 3))
-    assert memory.vectors.shape == (0, 3)
+def test_queue_is_first_in_first_out():
+    queue = VectorQueue(4, 1)
+    queue.append(torch.tensor([[1.0], [2.0], [3.0]]))
+    assert queue.vectors.flatten().tolist() == [0, 1, 2, 3]
+    queue.append(torch.tensor([[4.0], [5.0]]))
+    assert queue.vectors.flatten().tolist() == [2, 3, 4, 5]
+    queue.append(torch.zeros(0, 1))
+    assert queue.vectors.flatten().tolist() == [2, 3, 4, 5]
+    queue.append(torch.arange(10.0)[:, None])
+    assert queue.vectors.flatten().tolist() == [6, 7, 8, 9]
+    restored = VectorQueue(4, 1)
+    restored.load_state_dict(queue.state_dict())
+    assert torch.equal(restored.vectors, queue.vectors)
+    assert queue.vectors.untyped_storage().nbytes() == 16
+
+
+def test_queue_stays_float32_without_gradient():
+    queue = VectorQueue(4, 1)
+    queue.append(torch.ones(2, 1, dtype=torch.bfloat16, requires_grad=True))
+    assert queue.vectors.dtype == torch.float32 and not queue.vectors.requires_grad
+
+
+def test_without_queue():
+    queue = VectorQueue(0, 3)
+    queue.append(torch.ones(5, 3))
+    assert queue.vectors.shape == (0, 3)
 
 
 def test_one_process_gathers_its_own():

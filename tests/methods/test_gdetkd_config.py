@@ -1,66 +1,80 @@
 """G-DetKD's config: what is refused."""
 
 import pytest
-from test_gdetkd_distiller import CASCADE, KEY, model_of
+from gdetkd_cases import CASCADE, CKD_OFF, KEY, PREDICTIONS_OFF, SGFI_ALONE, SGFI_OFF, model_of
 
 from d2kd.errors import UserError
 
 TRANSFER = [KEY + "HEAD_TRANSFER", True]
+MASKED = [KEY + "MATCH", "gt_mask"]
 C4 = ["MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["p4"]]
 C4 += ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2"]
-C4 += [KEY + "CLS.WEIGHT", 0.0, KEY + "BBOX.WEIGHT", 0.0]
+C4 += PREDICTIONS_OFF
 CONV_HEAD = ["MODEL.ROI_BOX_HEAD.NUM_FC", 0, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1]
 CONV_HEAD += ["MODEL.ROI_BOX_HEAD.CONV_DIM", 8]
+
+
+def refused(folder, name, opts, message, **teacher):
+    with pytest.raises(UserError, match=message) as error:
+        model_of(folder, name, opts, **teacher)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "name, opts, teacher, message",
     [
-        ("RetinaNet", [], "FCOS", r"GDETKD.SGFI.WEIGHT .* rois of the teacher.* FCOS offers"),
-        ("RetinaNet", [KEY + "CLS.WEIGHT", 1.0], "FasterRCNN", r"GDETKD.CLS.WEIGHT .* proposals"),
+        (
+            "RetinaNet",
+            [],
+            "FCOS",
+            r"GDETKD.SGFI.WEIGHT .* RoI features of the teacher: FCOS is not a two-stage",
+        ),
+        (
+            "RetinaNet",
+            SGFI_OFF,
+            "FCOS",
+            r"GDETKD.CKD.WEIGHT .* hidden vectors of the teacher: FCOS is not a two-stage",
+        ),
+        (
+            "RetinaNet",
+            [KEY + "CLS.WEIGHT", 1.0],
+            "FasterRCNN",
+            r"GDETKD.CLS.WEIGHT .* box predictions of the student: RetinaNet is not",
+        ),
         (
             "FasterRCNN",
             ["MODEL.ROI_HEADS.NUM_CLASSES", 5],
             "FasterRCNN",
-            r"GDETKD.CLS.WEIGHT .* 5 classes .* 6 classes",
+            r"GDETKD.CLS.WEIGHT .* 5 classes, the teacher's 6",
         ),
         (
             "FasterRCNN",
-            ["MODEL.ROI_BOX_HEAD.FC_DIM", 32, KEY + "HEAD_TRANSFER", True],
+            ["MODEL.ROI_BOX_HEAD.FC_DIM", 32, *TRANSFER],
             "FasterRCNN",
             r"HEAD_TRANSFER .* 'fc1.weight' has shape \(32, 3136\) .* \(16, 3136\)",
         ),
+        ("RetinaNet", TRANSFER, "FasterRCNN", r"HEAD_TRANSFER is True.*Retina"),
         (
-            "RetinaNet",
-            TRANSFER,
             "FasterRCNN",
-            r"HEAD_TRANSFER is True.*Retina",
+            [*SGFI_ALONE, *MASKED, *TRANSFER],
+            "RetinaNet",
+            r"HEAD_TRANSFER is True, but the teacher RetinaNet has no box head",
         ),
         ("FasterRCNN", [*CASCADE, *TRANSFER], "FasterRCNN", r"HEAD_TRANSFER .* has 1, .* has 3:"),
-        ("FasterRCNN", C4, "FasterRCNN", r"names GDetKD, .* GeneralizedRCNN offers only dense"),
-        ("RetinaNet", [KEY + "ROIS", "teacher"], "FasterRCNN", r"ROIS is teacher.*RetinaNet"),
-        ("RetinaNet", [KEY + "ROIS", "gt_jitter"], "FasterRCNN", r"ROIS is gt_jitter.*RetinaNet"),
-        ("FasterRCNN", [KEY + "ROIS", "jitter"], "FasterRCNN", r"ROIS is 'jitter': .*gt_jitter"),
-        ("FasterRCNN", [KEY + "AGGREGATE", "both"], "FasterRCNN", r"AGGREGATE is 'both'"),
-        (
-            "FasterRCNN",
-            [*CONV_HEAD, KEY + "PRE_RELU", True],
-            "FasterRCNN",
-            r"PRE_RELU is True.* student has no fully connected",
-        ),
-        ("FasterRCNN", [KEY + "PROJ_DIM", -1], "FasterRCNN", r"PROJ_DIM is -1: give 0 or more"),
-        ("FasterRCNN", [KEY + "QUEUE_SIZE", -1], "FasterRCNN", r"QUEUE_SIZE is -1: give 0 or more"),
-        ("FasterRCNN", [KEY + "GAMMA", 0.0], "FasterRCNN", r"GAMMA is 0.0: give 0.001 or more"),
-        ("FasterRCNN", [KEY + "TAU_INIT", 0.0], "FasterRCNN", r"TAU_INIT is 0.0: give 0.01"),
-        ("FasterRCNN", [KEY + "KL_TEMPERATURE", -1.0], "FasterRCNN", r"KL_TEMPERATURE is -1.0"),
-        ("FasterRCNN", [KEY + "NEGATIVE_IOU", 1.5], "FasterRCNN", r"NEGATIVE_IOU is 1.5: .* 1"),
+        ("FasterRCNN", C4, "FasterRCNN", r"names GDetKD, .* GeneralizedRCNN has neither"),
         (
             "RetinaNet",
-            [KEY + "DENSE.ROIS_PER_IMAGE", 0],
+            [KEY + "PROPOSALS_FROM", "teacher"],
             "FasterRCNN",
-            r"DENSE.ROIS_PER_IMAGE is 0",
+            r"PROPOSALS_FROM is teacher.*RetinaNet",
         ),
-        ("FasterRCNN", [KEY + "MATCH", "sof"], "FasterRCNN", r"MATCH is 'sof': .*'soft'"),
+        (
+            "FasterRCNN",
+            [*CONV_HEAD, KEY + "PRE_ACTIVATION", True],
+            "FasterRCNN",
+            r"hidden vectors before their activation of the student: the box head of General.* no "
+            r"fully connected",
+        ),
         ("FasterRCNN", [KEY + "LEVELS", ["p7"]], "FasterRCNN", r"LEVELS names 'p7'"),
         ("FasterRCNN", [KEY + "EMBED_DIMS", [8, 8, 8]], "FasterRCNN", r"EMBED_DIMS is \[8, 8, 8\]"),
         (
@@ -75,9 +89,64 @@ CONV_HEAD += ["MODEL.ROI_BOX_HEAD.CONV_DIM", 8]
             "FasterRCNN",
             r"AGGREGATE is 'teacher'.* have strides \[\]: give",
         ),
+        (
+            "RetinaNet",
+            [*CKD_OFF, KEY + "AGGREGATE", "teacher"],
+            "FCOS",
+            r"^DISTILL.GDETKD.*FCOS",
+        ),
+        (
+            "RetinaNet",
+            [KEY + "SGFI.LEVEL_WEIGHTS", [1.0] * 5],
+            "FasterRCNN",
+            r"SGFI.LEVEL_WEIGHTS has 5 numbers: this term has no levels",
+        ),
     ],
 )
-def test_bad_input_is_one_line_when_the_model_is_built(tmp_path, name, opts, teacher, message):
-    with pytest.raises(UserError, match=message) as error:
-        model_of(tmp_path, name, opts, teacher=teacher)
-    assert "\n" not in str(error.value)
+def test_pairs_that_do_not_fit_are_named_in_one_line(tmp_path, name, opts, teacher, message):
+    refused(tmp_path, name, opts, message, teacher=teacher)
+
+
+def test_a_teacher_with_other_classes_does_not_say_what_is_foreground(tmp_path):
+    """Its label for background is a class of the student."""
+    opts = [*PREDICTIONS_OFF, KEY + "PROPOSALS_FROM", "teacher", KEY + "FOREGROUND_ONLY", True]
+    message = r"^DISTILL.GDETKD.*classes"
+    refused(tmp_path, "FasterRCNN", opts, message, teacher_opts=["MODEL.ROI_HEADS.NUM_CLASSES", 5])
+
+
+def test_a_box_head_of_other_shape_is_not_copied(tmp_path):
+    agnostic = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+    message = r"HEAD_TRANSFER .* 'bbox_pred.weight' has shape \(24, 16\) .* \(4, 16\)"
+    refused(tmp_path, "FasterRCNN", TRANSFER, message, teacher_opts=agnostic)
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        ([KEY + "PROPOSALS_FROM", "jitter"], r"PROPOSALS_FROM is 'jitter': known: student, teach"),
+        ([KEY + "AGGREGATE", "both"], r"AGGREGATE is 'both': known: student, teacher"),
+        ([KEY + "MATCH", "sof"], r"MATCH is 'sof': did you mean 'soft'"),
+        ([KEY + "PROJ_DIM", -1], r"PROJ_DIM is -1: give 0 \.\.\. 4096"),
+        ([KEY + "QUEUE_SIZE", -1], r"QUEUE_SIZE is -1: give 0 \.\.\. 1e\+07"),
+        ([KEY + "GAMMA", 0.0], r"GAMMA is 0.0: give 0.001 or more"),
+        ([KEY + "NEGATIVE_IOU", 1.5], r"NEGATIVE_IOU is 1.5: give 0 \.\.\. 1"),
+        ([KEY + "EMBED_DIMS", [8, 0]], r"EMBED_DIMS is \[8, 0\]: give 1 \.\.\. 1024, each"),
+        ([KEY + "LEVELS", [3]], r"LEVELS is \[3\]: give a name, each"),
+        ([KEY + "DENSE.ROIS_PER_IMAGE", 0], r"DENSE.ROIS_PER_IMAGE is 0: give 1 or more"),
+        ([KEY + "DENSE.PRE_NMS_TOPK", 0], r"DENSE.PRE_NMS_TOPK is 0: give 1 or more"),
+        (
+            [KEY + "GAMMA", -1.0, KEY + "CKD.WEIGHT", -1.0],
+            r"CKD.WEIGHT is -1.0: give 0 or more; DISTILL.GDETKD.GAMMA is -1.0",
+        ),
+    ],
+)
+def test_values_that_a_key_may_not_have_are_named_in_one_line(tmp_path, opts, message):
+    refused(tmp_path, "FasterRCNN", opts, f"^DISTILL.GDETKD.{message}")
+
+
+@pytest.mark.parametrize(
+    "old, value, new", [("ROIS", "teacher", "PROPOSALS_FROM"), ("PRE_RELU", True, "PRE_ACTIVATION")]
+)
+def test_renamed_keys_are_refused_with_their_new_name(tmp_path, old, value, new):
+    message = f"DISTILL.GDETKD.{old} is now called DISTILL.GDETKD.{new}"
+    refused(tmp_path, "FasterRCNN", [KEY + old, value], message)

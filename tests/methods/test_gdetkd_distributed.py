@@ -1,4 +1,4 @@
-"""G-DetKD in two processes on a CPU: the memory is shared, and nobody waits for another."""
+"""G-DetKD in two processes on a CPU: the queue is shared, and nobody waits for another."""
 
 import os
 
@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.structures import Boxes
-from detectron2.utils.events import EventStorage
-from test_gdetkd_distiller import distilled
+from gdetkd_cases import KEY, PREDICTIONS_OFF, distilled
 from torch.nn.parallel import DistributedDataParallel
 from toys import batch, distill_config, gradients, step
 
-from d2kd.methods.contrastive import RegionContrast
-from d2kd.modeling import build_model
+from d2kd.distillation import build_model
+from d2kd.methods.gdetkd.contrast import RegionContrast
+from d2kd.views import RegionSet
 
 
 def spawn(worker, folder, *args):
@@ -42,22 +42,22 @@ def regions(sizes, seed=0):
 
 
 def contrast(images, **options):
-    """Three steps, the last with gradient: loss, gradients and memory."""
+    """Three steps, the last with gradient: loss, gradients and queue."""
     torch.manual_seed(0)
-    module = RegionContrast(5, 6, proj_dim=4, queue_size=20, **options)
+    module = RegionContrast(5, 6, **{"proj_dim": 4, "queue_size": 20, **options})
     student, teacher, boxes = zip(*images)
-    classes = [torch.zeros(len(b), dtype=torch.long) for b in boxes]
-    with EventStorage(19):
-        for _ in range(3):
-            module.zero_grad()
-            loss = module(torch.cat(student), torch.cat(teacher), list(boxes), classes)
-            loss.backward()
-    return loss.detach(), gradients(module), module.memory.vectors
+    regions = RegionSet(boxes, [torch.zeros(len(b), dtype=torch.long) for b in boxes])
+    for _ in range(3):
+        module.zero_grad()
+        loss, diagnostics = module(torch.cat(student), torch.cat(teacher), regions)
+        assert all(x.isfinite() for x in diagnostics().values())
+        loss.backward()
+    return loss.detach(), gradients(module), module.queue.vectors
 
 
 # (sizes of the two images, options)
-EQUAL = [((7, 7), {}), ((7, 7), {"queue_raw": True}), ((7, 7), {"positive_in_denominator": False})]
-UNEQUAL = [((0, 4), {}), ((4, 0), {}), ((0, 0), {}), ((1, 3), {})]
+CASES = [((7, 7), {}), ((7, 7), {"proj_dim": 0}), ((7, 7), {"positive_in_denominator": False})]
+CASES += [((0, 4), {}), ((4, 0), {}), ((0, 0), {}), ((1, 3), {})]
 
 
 def contrasts_of_rank(rank, cases):
@@ -65,53 +65,67 @@ def contrasts_of_rank(rank, cases):
 
 
 def test_two_processes_equal_one_with_both_images(tmp_path):
-    """Overlaps are within an image, so nothing is local but the normaliser: it is the same where
-    both have as many regions. Where they have not, the memory still is."""
-    results = zip(*spawn(contrasts_of_rank, tmp_path, EQUAL + UNEQUAL))
-    for (sizes, options), ranks in zip(EQUAL + UNEQUAL, results):
-        loss, grads, memory = contrast(regions(sizes), **options)
-        for size, (their_loss, their_grads, their_memory) in zip(sizes, ranks):
-            assert torch.allclose(their_memory, memory, atol=1e-6)
+    """Overlaps are within an image, so nothing is local but the normaliser, the number of
+    regions."""
+    results = zip(*spawn(contrasts_of_rank, tmp_path, CASES))
+    for (sizes, options), ranks in zip(CASES, results):
+        loss, grads, queue = contrast(regions(sizes), **options)
+        shares = [size / max(sum(sizes), 1) for size in sizes]
+        for size, (their_loss, their_grads, their_queue) in zip(sizes, ranks):
+            assert torch.allclose(their_queue, queue, atol=1e-6)
             assert all(x.isfinite().all() for x in (their_loss, *their_grads.values()))
             assert size or their_loss == 0
-        if (sizes, options) in EQUAL:
-            assert torch.allclose(sum(r[0] for r in ranks) / 2, loss, atol=1e-6)
-            for name, expected in grads.items():
-                mean = sum(r[1][name] for r in ranks) / 2
-                assert torch.allclose(mean, expected, atol=1e-6)
+        assert torch.allclose(sum(w * r[0] for w, r in zip(shares, ranks)), loss, atol=1e-6)
+        for name, expected in grads.items():
+            mean = sum(w * r[1][name] for w, r in zip(shares, ranks))
+            assert torch.allclose(mean, expected, atol=1e-6)
 
 
-def train(rank, cfg, boxes):
-    torch.manual_seed(0)
-    model = DistributedDataParallel(build_model(cfg), broadcast_buffers=False)
-    for iteration in (0, 1000):
-        terms = step(model, batch(seed=rank, boxes=boxes[rank]), iteration, seed=rank)
-        sum(terms.values()).backward()
-    return (
-        {k: v.detach() for k, v in distilled(terms).items()},
-        gradients(model.module),
-        {k: v.clone() for k, v in model.module.distillers.state_dict().items() if "memory" in k},
-    )
+PAIRS = {
+    "two-stage": ("FasterRCNN", []),
+    "dense": ("FCOS", [*PREDICTIONS_OFF, KEY + "DENSE.ROIS_PER_IMAGE", 64]),
+    "objects alone": ("FasterRCNN", [KEY + "FOREGROUND_ONLY", True]),
+    "teacher's levels": ("FasterRCNN", [KEY + "AGGREGATE", "teacher"]),
+}
 
 
-@pytest.mark.parametrize(
-    "student, opts",
-    [
-        ("FasterRCNN", []),
-        ("FCOS", []),
-        ("FasterRCNN", ["DISTILL.GDETKD.FOREGROUND_ONLY", True]),
-        ("FasterRCNN", ["DISTILL.GDETKD.DETACH_ALPHA", True]),
-    ],
-)
-def test_gradients_are_averaged_and_memories_equal(tmp_path, student, opts):
-    """One process has no objects and, of these alone, no regions; one term starts later."""
-    opts = [*opts, "DISTILL.GDETKD.QUEUE_SIZE", 500, "DISTILL.GDETKD.SGFI.START_ITER", 500]
-    if student == "FCOS":
-        opts += ["DISTILL.GDETKD.CLS.WEIGHT", 0.0, "DISTILL.GDETKD.BBOX.WEIGHT", 0.0]
-    cfg = distill_config(tmp_path, student, opts, teacher="FasterRCNN", methods=["GDetKD"])
-    (ours, grads, memory), (_, other_grads, other) = spawn(train, tmp_path, cfg, [[[], []], None])
-    assert all(v.isfinite() for v in ours.values())
+def train(rank, cfgs, boxes):
+    results = {}
+    for name, cfg in cfgs.items():
+        torch.manual_seed(0)
+        model = DistributedDataParallel(build_model(cfg), broadcast_buffers=False)
+        for iteration in (0, 1000):
+            terms = step(model, batch(seed=rank, boxes=boxes[rank]), iteration, seed=rank)
+            sum(terms.values()).backward()
+        state = model.module.distillers.state_dict()
+        results[name] = (
+            {k: v.detach() for k, v in distilled(terms).items()},
+            gradients(model.module),
+            {k: v.clone() for k, v in state.items() if "queue" in k},
+        )
+    return results
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Of every pair, what both processes end with. One process has no objects and, of these alone,
+    no regions; one term starts later."""
+    folder = tmp_path_factory.mktemp("gdetkd")
+    common = [KEY + "QUEUE_SIZE", 500, KEY + "SGFI.START_ITER", 500]
+    options = {"teacher": "FasterRCNN", "methods": ["GDetKD"]}
+    cfgs = {
+        name: distill_config(folder, student, [*common, *opts], **options)
+        for name, (student, opts) in PAIRS.items()
+    }
+    return spawn(train, folder, cfgs, [[[], []], None])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients_are_averaged_and_queues_equal(trained, name):
+    (ours, grads, queue), (_, other_grads, other) = (results[name] for results in trained)
+    assert set(ours) >= {"sgfi", "ckd"} and all(v.isfinite() for v in ours.values())
     assert all(torch.equal(grads[k], other_grads[k]) for k in grads)
     assert any("distillers" in k and g.abs().sum() > 0 for k, g in grads.items())
-    for name, vectors in memory.items():
-        assert torch.equal(vectors, other[name]) and vectors.abs().sum() > 0
+    assert queue
+    for key, vectors in queue.items():
+        assert torch.equal(vectors, other[key]) and vectors.abs().sum() > 0

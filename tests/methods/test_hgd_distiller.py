@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
-from toys import STUDENTS, batch, distill_config, step
+from toys import AS_LOADED, STUDENTS, batch, distill_config, step
 
+from d2kd.distillation import build_model
 from d2kd.errors import UserError
-from d2kd.modeling import build_model
+from d2kd.views import Features, Stage
 
 MOBILENET = ["MODEL.TIMM.NAME", "mobilenetv2_050", "MODEL.TIMM.PRETRAINED", False]
 
@@ -25,44 +25,25 @@ def names(model):
     return [(p.student.name, p.teachers[0].name) for p in model.distillers["HGD"].pairs]
 
 
-@pytest.mark.parametrize("source", ["backbone", "neck", "both"])
+def called_with(model):
+    """A list that gets what the distiller is called with, and what it returns."""
+    kept = []
+    model.distillers["HGD"].register_forward_hook(lambda _, args, out: kept.extend([*args, out]))
+    return kept
+
+
+@pytest.mark.parametrize("boxes", [None, [[], []]], ids=["objects", "no objects"])
+@pytest.mark.parametrize("source", ["neck", "both"])
 @pytest.mark.parametrize("student", STUDENTS)
-def test_loss_reaches_student_and_adapters_but_not_the_teacher(tmp_path, student, source):
-    model = build(tmp_path, student, hgd(SOURCE=source, FG_KAPPA=1.0, GAP_GAMMA=1.0))
-    before = {k: v.clone() for k, v in model.teacher.detector.state_dict().items()}
-    loss = step(model, batch())["loss_hgd_feature"]
-    loss.backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters())
-    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
-    assert all(p.grad is None for p in model.teacher.detector.parameters())
-    after = model.teacher.detector.state_dict()
-    assert all(torch.equal(v, after[k]) for k, v in before.items())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("student", STUDENTS)
-def test_a_step_of_the_method_never_waits_for_the_gpu(tmp_path, student):
-    opts = ["MODEL.DEVICE", "cuda", *hgd(SOURCE="both", FG_KAPPA=1.0, GAP_GAMMA=1.0)]
-    model = build(tmp_path, student, opts)
-    inputs = batch()
-    step(model, inputs)
-    seen = {}
-    model.distillers["HGD"].register_forward_hook(lambda _, views, __: seen.update(views=views))
-    step(model, inputs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model.distillers["HGD"](*seen["views"])["feature"].sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("student", STUDENTS)
-def test_finite_without_objects(tmp_path, student):
-    model = build(tmp_path, student, hgd(SOURCE="both", FG_KAPPA=1.0))
-    loss = step(model, batch(boxes=[[], []]))["loss_hgd_feature"]
+def test_every_micro_weight_trains_student_and_adapters(tmp_path, student, source, boxes):
+    model = build(tmp_path, student, hgd(SOURCE=source, FOREGROUND=1.0, GAP_POWER=1.0))
+    loss = step(model, batch(boxes=boxes))["loss_hgd_feature"]
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad.abs().sum() > 0 for p in model.distillers.parameters())
+    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.isfinite(g).all() for g in grads)
 
 
 @pytest.mark.parametrize(
@@ -118,16 +99,15 @@ def test_unpaired_levels_are_averaged(tmp_path):
 
 @pytest.mark.parametrize("distance", ["l2", "partial_l2"])
 @pytest.mark.parametrize("student", ["RetinaNet", "FasterRCNN"])
-def test_stages_before_their_last_relu(tmp_path, student, distance):
-    plain = hgd(NORM="none", BETA_S=0.0, BETA_C=0.0, ETA=0.0)
-    opts = [*plain, *hgd(TAP="pre_relu", DISTANCE=distance)]
-    model, seen = build(tmp_path, student, opts), {}
-    method = model.distillers["HGD"]
-    method.register_forward_hook(lambda _, views, __: seen.update(views=views))
+def test_stages_before_their_activation(tmp_path, student, distance):
+    plain = hgd(NORM="none", SPATIAL_POWER=0.0, CHANNEL_POWER=0.0, MACRO_POWER=0.0)
+    opts = [*plain, *hgd(PRE_ACTIVATION=True, DISTANCE=distance)]
+    model = build(tmp_path, student, opts)
+    method, seen = model.distillers["HGD"], called_with(model)
     loss = step(model, batch([(96, 128)] * 2))["loss_hgd_feature"]
     expected = 0.0
     for adapter, pair in zip(method.adapters, method.pairs):
-        ours, theirs = (view.stage_before_relu(pair.student.name) for view in seen["views"][:2])
+        ours, theirs = (view.stage(Stage(pair.student.name, True)) for view in seen[:2])
         assert (theirs < 0).any()
         error = (adapter(ours) - theirs).square()
         if distance == "partial_l2":
@@ -138,36 +118,52 @@ def test_stages_before_their_last_relu(tmp_path, student, distance):
     assert model.student.backbone.bottom_up.res5[-1].conv2.weight.grad.abs().sum() > 0
 
 
-def test_timm_has_no_stages_before_relu(tmp_path):
+def test_timm_has_no_stages_before_their_activation(tmp_path):
     backbone = ["MODEL.BACKBONE.NAME", "build_timm_fpn_p6p7_backbone", *MOBILENET]
-    opts = [*backbone, *hgd(TAP="pre_relu", STAGES=["res4"])]
-    message = r"^DISTILL.HGD.TAP is 'pre_relu', but res4 of the student \(TimmBackbone\) do"
+    opts = [*backbone, *hgd(PRE_ACTIVATION=True, STAGES=["res4"])]
+    message = (
+        r"^DISTILL.HGD.FEATURE.WEIGHT .* reads res4 before its activation of the student "
+        r"\(DISTILL.HGD.PRE_ACTIVATION is True\): res4 of RetinaNet \(TimmBackbone\) does not end "
+        r"in .*; change DISTILL.HGD.PRE_ACTIVATION, set DISTILL.HGD.FEATURE.WEIGHT to 0"
+    )
     with pytest.raises(UserError, match=message):
         build(tmp_path, "RetinaNet", opts, teacher="FasterRCNN")
 
 
-def test_numbers_of_every_stage_are_logged(tmp_path):
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_read_follows_from_the_pairs(tmp_path, before):
+    """Every stage once, although a teacher's may have several partners; levels have no
+    activation."""
+    opts = hgd(SOURCE="both", STAGES=["res2", "res3", "p4"], PRE_ACTIVATION=before)
+    model = build(tmp_path, "FasterRCNN", opts, teacher="RetinaNet")
+    assert names(model) == [("res2", "res3"), ("res3", "res3"), ("p4", "p4")]
+    reads = model.reads["HGD", "feature"]
+    assert reads.student == (Stage("res2", before), Stage("res3", before), Features())
+    assert reads.teacher == (Stage("res3", before), Features())
+
+
+def test_diagnostics_of_every_stage(tmp_path):
     model = build(tmp_path, "RetinaNet", hgd(SOURCE="both"))
-    with EventStorage(19) as storage:
-        model(batch())
-    logged = {k: v for k, (v, _) in storage.latest().items() if "hgd_feature/" in k}
-    assert len(logged) == 4 * 8  # res3 ... res5, p3 ... p7
-    assert all(value > 0 for value in logged.values())
-    assert all(logged[k] <= 1 for k in logged if k.endswith("on_objects"))
+    seen = called_with(model)
+    step(model, batch())
+    numbers = seen[-1].diagnostics()
+    assert len(numbers) == 4 * 8  # res3 ... res5, p3 ... p7
+    assert all(k.startswith("hgd_feature/") and value > 0 for k, value in numbers.items())
+    assert all(numbers[k] <= 1 for k in numbers if k.endswith("on_objects"))
 
 
 def test_frozen_stages_are_left_out_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         model = build(tmp_path, "FasterRCNN", ["MODEL.BACKBONE.FREEZE_AT", 3])
     assert names(model) == [("res4", "res4"), ("res5", "res5")]
-    assert "res2, res3 of the student" in caplog.text and "FREEZE_AT is 3" in caplog.text
+    assert "res2, res3 of the student" in caplog.text and "MODEL.BACKBONE.FREEZE_AT" in caplog.text
     caplog.clear()
     build(tmp_path, "FasterRCNN")
     assert "of the student" not in caplog.text
 
 
 def test_stages_and_level_weights(tmp_path):
-    opts = hgd(STAGES=["res4", "p5"], SOURCE="both", ETA=0.0)
+    opts = hgd(STAGES=["res4", "p5"], SOURCE="both", MACRO_POWER=0.0)
     inputs = batch()
     plain = build(tmp_path, "RetinaNet", opts)
     assert names(plain) == [("res4", "res4"), ("p5", "p5")]
@@ -181,7 +177,8 @@ def test_stages_and_level_weights(tmp_path):
 def test_an_equal_teacher_is_imitated_already(tmp_path):
     no_batch_statistics = ["MODEL.RESNETS.NORM", "FrozenBN"]
     teacher_opts = [*no_batch_statistics, "MODEL.BASIC_RESNET.WIDTH", 8]
-    model = build(tmp_path, "FCOS", no_batch_statistics, teacher_opts=teacher_opts)
+    opts = [*AS_LOADED, *no_batch_statistics]
+    model = build(tmp_path, "FCOS", opts, teacher_opts=teacher_opts)
     model.student.load_state_dict(model.teacher.detector.state_dict())
     assert step(model, batch())["loss_hgd_feature"].item() < 1e-10
 
@@ -195,15 +192,20 @@ def test_an_equal_teacher_is_imitated_already(tmp_path):
             ["MODEL.BACKBONE.FREEZE_AT", 5],
             "STAGES: res3, res4, res5 .* all frozen: lower MODEL.BACKBONE",
         ),
-        (hgd(BETA_S=-1.0, W_MAX=0.5), "BETA_S is -1.0: give 0 to 4; DISTILL.HGD.W_MAX is 0.5"),
-        (hgd(ETA=3.0), "ETA is 3.0: give -2 to 2"),
-        (hgd(ETA=float("nan")), "ETA is nan"),
-        (hgd(GAP_GAMMA=9.0, FG_KAPPA=-1.0), "GAP_GAMMA is 9.0.*FG_KAPPA is -1.0"),
+        (
+            hgd(SPATIAL_POWER=-1.0, MAX_WEIGHT=0.5),
+            "SPATIAL_POWER is -1.0: give 0 ... 4; DISTILL.HGD.MAX_WEIGHT is 0.5: give 1 ... 1e",
+        ),
+        (hgd(MACRO_POWER=3.0), "MACRO_POWER is 3.0: give -2 ... 2"),
+        (hgd(MACRO_POWER=float("nan")), "MACRO_POWER is nan: give finite"),
+        (
+            hgd(GAP_POWER=9.0, FOREGROUND=-1.0),
+            "GAP_POWER is 9.0: give 0 ... 4; DISTILL.HGD.FOREGROUND is -1.0: give 0 ... 1000",
+        ),
         (hgd(NORM="enrgy"), "NORM is 'enrgy': did you mean 'energy'"),
         (hgd(MACRO="x"), "MACRO is 'x': known: gap, per_image, uncertainty"),
         (hgd(DISTANCE="l3"), "DISTANCE is 'l3'"),
         (hgd(SOURCE="head"), "SOURCE is 'head'"),
-        (hgd(TAP="pre"), "TAP is 'pre': known: post_relu, pre_relu"),
         (hgd(UNPAIRED="mean"), "UNPAIRED is 'mean': known: average, drop"),
         (hgd(PAIRING="strides"), "PAIRING is 'strides': did you mean 'stride'"),
         (hgd(PAIRING="learned"), r"PAIRING is 'learned'.* \[32, 64, 128\] channels"),
@@ -213,3 +215,20 @@ def test_bad_configs_are_named_in_one_line(tmp_path, opts, message):
     with pytest.raises(UserError, match=f"^DISTILL.HGD.{message}") as error:
         build(tmp_path, "RetinaNet", opts)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "old, value, new",
+    [
+        ("BETA_S", 1.0, "SPATIAL_POWER"),
+        ("BETA_C", 1.0, "CHANNEL_POWER"),
+        ("FG_KAPPA", 1.0, "FOREGROUND"),
+        ("ETA", 1.0, "MACRO_POWER"),
+        ("GAP_GAMMA", 1.0, "GAP_POWER"),
+        ("W_MAX", 9.0, "MAX_WEIGHT"),
+        ("TAP", "pre_relu", "PRE_ACTIVATION .'pre_relu' is True"),
+    ],
+)
+def test_renamed_keys_are_refused_with_their_new_name(tmp_path, old, value, new):
+    with pytest.raises(UserError, match=f"DISTILL.HGD.{old} is now called DISTILL.HGD.{new}"):
+        build(tmp_path, "RetinaNet", hgd(**{old: value}))

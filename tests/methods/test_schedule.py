@@ -1,11 +1,13 @@
 """Schedules of term weights."""
 
+import re
+
 import pytest
 import torch
-from detectron2.config import CfgNode
 
 from d2kd.errors import UserError
-from d2kd.methods.schedule import TermSchedule, term_config
+from d2kd.methods.core import TermSchedule, term
+from d2kd.schema import check_node, config_node
 
 
 def test_warmup_is_linear_from_zero():
@@ -56,10 +58,21 @@ def test_level_weights_scale_each_level():
 
 
 @pytest.mark.parametrize(
-    "key, value", [("DECAY", "linaer"), ("WEIGHT", -1.0), ("START_ITER", -5), ("STOP_ITER", -1)]
+    "key, value",
+    [("DECAY", "linaer"), ("WEIGHT", -1.0), ("START_ITER", -5), ("STOP_ITER", -1)]
+    + [("WARMUP_ITERS", 0.5), ("LEVEL_WEIGHTS", [1.0, -1.0])],
 )
 def test_bad_values_name_the_key(key, value):
-    node = CfgNode(term_config(weight=1.0))
-    node[key] = value
-    with pytest.raises(UserError, match=rf"DISTILL.X.Y.{key} is .*{value}"):
-        TermSchedule.from_config(node, 100, "DISTILL.X.Y")
+    keys = {"Y": term(1.0)}
+    node = config_node(keys)
+    node.Y[key] = value
+    with pytest.raises(UserError, match=rf"DISTILL.X.Y.{key} is {re.escape(repr(value))}: "):
+        check_node(node, keys, "DISTILL.X")
+
+
+def test_from_config():
+    node = config_node(term(2.0, warmup_iters=10, decay="linear"))
+    node.LEVEL_WEIGHTS, node.START_ITER, node.STOP_ITER = [1.0, 0.5], 20, 80
+    schedule = TermSchedule.from_config(node, max_iter=100)
+    assert [schedule(i) for i in (19, 25, 50, 80)] == pytest.approx([0, 0.75, 1, 0])
+    assert schedule.apply(torch.tensor([1.0, 2.0]), 50).item() == pytest.approx(2)

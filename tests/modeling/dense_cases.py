@@ -46,7 +46,7 @@ def tiny_config(architecture, opts=()):
     """A config of a small detector on the small backbone, 6 classes."""
     node = "FCOS" if architecture == "PaperFCOS" else architecture
     return config(
-        "shapes/fcos_tiny.yaml",
+        "shapes/baselines/fcos_tiny.yaml",
         ["MODEL.META_ARCHITECTURE", architecture, f"MODEL.{node}.NUM_CLASSES", 6]
         + [f"MODEL.{node}.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64, *opts],
     )

@@ -15,8 +15,8 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList
 from torch.nn import functional as F
 
+from d2kd.layers import paired_iou
 from d2kd.modeling.meta_arch.assign import assign_atss
-from d2kd.modeling.meta_arch.losses import paired_iou
 
 
 def test_labels_equal_the_original():

@@ -13,7 +13,8 @@ TWO_STAGE = ["p2", "p3", "p4", "p5", "p6"]
 
 
 def backbone(name, opts=()):
-    yaml = "shapes/fcos_tiny.yaml" if "p6p7" in name else "shapes/faster_rcnn_tiny.yaml"
+    detector = "fcos" if "p6p7" in name else "faster_rcnn"
+    yaml = f"shapes/baselines/{detector}_tiny.yaml"
     return build_backbone(config(yaml, ["MODEL.BACKBONE.NAME", name, *opts]))
 
 
@@ -66,5 +67,5 @@ def test_freeze_at():
 
 @pytest.mark.parametrize("blocks", [[1, 1, 1], [1, 1, 0, 1], [1, 1, 1, 1, 1]])
 def test_wrong_number_of_stages_is_explained(blocks):
-    with pytest.raises(UserError, match=r"BLOCKS_PER_STAGE is \[1, 1.*four numbers"):
+    with pytest.raises(UserError, match=r"BLOCKS_PER_STAGE is \[1, 1.*: give"):
         backbone("build_basic_resnet_fpn_backbone", ["MODEL.BASIC_RESNET.BLOCKS_PER_STAGE", blocks])

@@ -14,9 +14,9 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage
 from toys import batch, step
 
+from d2kd.distillation import build_detector
 from d2kd.errors import UserError
-from d2kd.modeling import build_detector
-from d2kd.modeling.meta_arch import losses as loss_functions
+from d2kd.layers import distributed, iou_log_loss, paired_iou
 
 ARCHITECTURES = ["FCOS", "PaperFCOS", "ATSS", "GFL"]
 OURS = ARCHITECTURES[1:]
@@ -71,7 +71,7 @@ def test_learns_a_batch_and_finds_its_boxes(architecture):
         assert found.image_size == (x["height"], x["width"])
         assert 0 < len(found) <= 100
         assert (found.scores[:-1] >= found.scores[1:]).all()
-        iou, _ = loss_functions.paired_iou(found.pred_boxes.tensor[:1], gt.gt_boxes.tensor)
+        iou, _ = paired_iou(found.pred_boxes.tensor[:1], gt.gt_boxes.tensor)
         assert iou.item() > 0.5
         assert found.pred_classes[0] == gt.gt_classes[0]
 
@@ -178,9 +178,9 @@ def test_one_reduction_over_gpus_per_step(name, monkeypatch):
     alone = detector.forward_training(images, features, predictions, gt)
 
     calls = []
-    monkeypatch.setattr(loss_functions.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.comm, "get_world_size", lambda: 2)
     # The other process is without objects: it adds nothing.
-    monkeypatch.setattr(loss_functions.dist, "all_reduce", calls.append)
+    monkeypatch.setattr(distributed.dist, "all_reduce", calls.append)
     halved = detector.forward_training(images, features, predictions, gt)
     assert len(calls) == 1 and not calls[0].requires_grad
     assert all(torch.allclose(halved[k], 2 * alone[k], rtol=1e-5) for k in alone)
@@ -207,6 +207,8 @@ def test_mistakes_in_a_config_are_explained(architecture):
     node = "FCOS" if architecture == "PaperFCOS" else architecture
     with pytest.raises(UserError, match=rf"MODEL\.{node}\.IN_FEATURES names p8.*has p3, p4"):
         tiny(architecture, [f"MODEL.{node}.IN_FEATURES", ["p3", "p8"]])
+    with pytest.raises(UserError, match=rf"MODEL\.{node}\.IN_FEATURES is empty"):
+        tiny(architecture, [f"MODEL.{node}.IN_FEATURES", []])
     with pytest.raises(UserError, match=rf"MODEL\.{node}\.NORM is 'GN'.*48 channels"):
         tiny(architecture, ["MODEL.FPN.OUT_CHANNELS", 48])
 
@@ -222,7 +224,7 @@ def test_inference_takes_the_best_of_each_class(name):
         assert isinstance(result, Instances) and len(result) == 100
         boxes = result.pred_boxes.tensor
         assert boxes.min() >= 0 and boxes[:, ::2].max() <= width and boxes[:, 1::2].max() <= height
-        iou, _ = loss_functions.paired_iou(boxes[:, None], boxes[None])
+        iou, _ = paired_iou(boxes[:, None], boxes[None])
         same = result.pred_classes[:, None] == result.pred_classes
         assert iou[same & ~torch.eye(100, dtype=torch.bool)].max() <= detector.test_nms_thresh
 
@@ -253,8 +255,8 @@ def test_stock_config_knows_none_of_these_nodes():
 @pytest.mark.parametrize("kind", ["giou", "iou_log"])
 def test_box_losses_equal_the_original(kind):
     boxes, targets = array("box/pred").requires_grad_(), array("box/target")
-    iou, giou = loss_functions.paired_iou(boxes, targets)
-    rowwise = 1 - giou if kind == "giou" else loss_functions.iou_log_loss(iou)
+    iou, giou = paired_iou(boxes, targets)
+    rowwise = 1 - giou if kind == "giou" else iou_log_loss(iou)
     assert torch.allclose(rowwise, array(f"box/{kind}_loss_rowwise"), rtol=1e-9, atol=1e-12)
     if kind == "giou":
         # The original divides by its average factor, 1 here, plus float32's epsilon.

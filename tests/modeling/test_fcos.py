@@ -17,10 +17,10 @@ from detectron2.structures import Boxes, ImageList, Instances
 from fvcore.nn import sigmoid_focal_loss
 from toys import batch, step
 
-from d2kd.modeling import build_detector
+from d2kd.distillation import build_detector
+from d2kd.layers import centerness_targets
 from d2kd.modeling.meta_arch import FCOS
 from d2kd.modeling.meta_arch.assign import assign_fcos
-from d2kd.modeling.meta_arch.losses import centerness_targets
 
 
 def detectron2s_own(detector):

@@ -5,8 +5,8 @@ import torch
 from dense_cases import array, check_end_to_end, original_detector, pyramid_features
 from detectron2.structures import ImageList
 
+from d2kd.layers import distribution_focal_loss, one_hot, quality_focal_loss
 from d2kd.modeling.meta_arch.integral import IntegralBoxTransform, integral
-from d2kd.modeling.meta_arch.losses import distribution_focal_loss, one_hot, quality_focal_loss
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -42,6 +42,16 @@ def test_quality_focal_loss_is_zero_when_the_score_is_the_quality():
 def test_integral_equals_the_original():
     out = integral(array("integral/in_N_68"), 17)
     assert torch.allclose(out, array("integral/out_N_4"), rtol=1e-6)  # the original is in float32
+
+
+def test_integral_says_every_shape():
+    """What ONNX needs for images without candidates; the numbers are those of the plain formula."""
+    torch.manual_seed(0)
+    for shape in ((7, 68), (2, 5, 68), (3, 17)):
+        logits = torch.randn(shape)
+        p = logits.reshape(*shape[:-1], -1, 17).softmax(dim=-1)
+        assert torch.equal(integral(logits, 17), (p * torch.arange(17.0)).sum(dim=-1))
+    assert integral(torch.zeros(0, 68), 17).shape == (0, 4)
 
 
 def squares(points, width):

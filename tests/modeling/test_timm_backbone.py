@@ -8,8 +8,8 @@ from torch import nn
 from toys import STUDENTS, batch, config, detector, distill_config, step
 
 from d2kd.config import student_config
+from d2kd.distillation import build_model
 from d2kd.errors import UserError
-from d2kd.modeling import build_model
 from d2kd.modeling.backbone.timm import TimmBackbone
 
 MOBILENET = ["MODEL.TIMM.NAME", "mobilenetv2_050"]
@@ -91,3 +91,23 @@ def test_weights_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr("timm.create_model", offline)
     with pytest.raises(UserError, match="MODEL.TIMM.PRETRAINED is True.*set it to False"):
         TimmBackbone("resnet18", pretrained=True)
+
+
+def test_dropped_paths():
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224", drop_path_rate=0.5).train()
+    rates = [m.drop_prob for m in backbone.modules() if hasattr(m, "drop_prob")]
+    assert max(rates) == pytest.approx(0.5)
+
+
+def test_p6_of_res5():
+    name = "build_timm_retinanet_fpn_backbone"
+    opts = [
+        "MODEL.BACKBONE.NAME",
+        name,
+        *MOBILENET,
+        "MODEL.FPN.IN_FEATURES",
+        ["res3", "res4", "res5"],
+    ]
+    backbone = detector(STUDENTS["RetinaNet"], opts).backbone
+    assert backbone.top_block.in_feature == "res5"
+    assert backbone.top_block.p6.in_channels == backbone.bottom_up.output_shape()["res5"].channels

@@ -1,0 +1,76 @@
+"""Detectors side by side."""
+
+import json
+
+import pytest
+import torch
+from made_up_run import KINDS, made_up_run
+from toys import SMALLER, detector
+
+from d2kd.analysis import analyze, gap_closed
+from d2kd.cli.main import main
+from d2kd.engine.runs import open_run
+
+
+def write_metrics(run, *lines):
+    with open(f"{run.folder}/metrics.json", "w") as f:
+        f.write("\n".join(lines))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A distilled run with a teacher of twice the width, and a plain one."""
+    width = [*SMALLER, "MODEL.BASIC_RESNET.WIDTH", 32]
+    torch.save({"model": detector(KINDS["FCOS"], width).state_dict()}, tmp_path / "teacher.pth")
+    distill = ["DISTILL.METHODS", ["FRS"], "DISTILL.TEACHER.CONFIG", KINDS["FCOS"]]
+    distill += ["DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
+    distill += ["DISTILL.TEACHER.OPTS", width]
+    distilled = made_up_run(tmp_path / "distilled", "FCOS", distill)
+    plain = made_up_run(tmp_path / "plain", "FCOS")
+    write_metrics(distilled, '{"bbox/AP": 10.0, "iteration": 5}', '{"bbox/AP": 36.0, "iter')
+    write_metrics(plain, '{"bbox/AP": 29.0, "iteration": 5}', '{"bbox/AP": 30.0, "iteration": 9}')
+    return distilled, plain
+
+
+def test_teacher_plain_and_distilled_student_side_by_side(runs, tmp_path, capsys):
+    distilled, plain = runs
+    path = tmp_path / "analysis.json"
+    words = ["analyze", distilled.folder, "--plain", plain.folder, "--repeats", "2"]
+    main([*words, "--json", str(path), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "teacher" in text and "student with FRS" in text and "2 passes" in text
+    teacher, alone, student = json.loads(path.read_text())["rows"]
+    assert [x["label"] for x in (teacher, alone, student)] == [
+        "teacher",
+        "plain student",
+        "student with FRS",
+    ]
+    parameters = sum(p.numel() for p in distilled.student("cpu").parameters())
+    assert student["size"]["parameters"] == alone["size"]["parameters"] == parameters
+    assert teacher["size"]["parameters"] > parameters
+    assert teacher["size"]["gflops"] > student["size"]["gflops"] > 0
+    assert student["size"]["weights_bytes"] >= 4 * parameters
+    assert 0 < student["latency"]["median"] <= student["latency"]["p99"]
+    assert (teacher["ap"], alone["ap"], student["ap"]) == (None, 30.0, 10.0)  # torn line left out
+
+
+def test_evaluation_finds_what_is_not_known(tmp_path, toy_dataset):
+    data = ["DATASETS.TRAIN", (toy_dataset[0],), "DATASETS.TEST", (toy_dataset[1],)]
+    run = made_up_run(tmp_path / "run", "FCOS", data)
+    (row,) = analyze(run, evaluate=True, repeats=1, device="cpu").rows
+    assert row.label == "student" and row.ap is not None and 0 <= row.ap < 20
+
+
+def test_ap_of_another_checkpoint_is_not_taken(runs, tmp_path):
+    _, plain = runs
+    folder = tmp_path / "plain"
+    (folder / "model_final.pth").rename(folder / "model_0000004.pth")
+    (row,) = analyze(open_run(plain.folder), repeats=1, device="cpu").rows
+    assert row.ap is None
+
+
+def test_gap_closed():
+    assert gap_closed(40.0, 30.0, 36.0) == pytest.approx(0.6)
+    assert gap_closed(40.0, 30.0, 28.0) == pytest.approx(-0.2)
+    for unknown in ((None, 30.0, 36.0), (40.0, None, 36.0), (40.0, 30.0, None), (30.0, 30.0, 31.0)):
+        assert gap_closed(*unknown) is None

@@ -1,0 +1,128 @@
+"""What ``d2kd check`` finds, and that it leaves nothing behind."""
+
+import os
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from toys import distill_config
+
+from d2kd.check import TeacherAP, check_config, check_run
+from d2kd.cli.main import main
+from d2kd.data.findings import ERROR
+
+
+@pytest.fixture
+def cfg(tmp_path, toy_dataset):
+    train, val = toy_dataset
+    opts = ["DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,), "INPUT.MIN_SIZE_TRAIN", (64, 80)]
+    opts += ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0]
+    return distill_config(tmp_path, "FCOS", opts)
+
+
+def parts_of(cfg, **options):
+    return {part.name: part for part in check_run(cfg, debug=True, **options)}
+
+
+def errors(parts):
+    return [f.message for p in parts.values() for f in p.findings if f.severity == ERROR]
+
+
+def test_a_good_run_has_no_findings_and_leaves_nothing(cfg, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    parts = parts_of(cfg, num_gpus=2)
+    assert not errors(parts)
+    assert sorted(tmp_path.rglob("*")) == before and not os.path.exists(cfg.OUTPUT_DIR)
+    assert [*parts] == [
+        "config",
+        "output",
+        "DATASETS.TRAIN: toy_train",
+        "DATASETS.TEST: toy_val",
+        "evaluation",
+        "model, on its data",
+    ]
+    assert "AP of 100.0" in parts["evaluation"].lines[0]
+    text = "\n".join(parts["model, on its data"].lines)
+    assert "architecture " in text and "loss_frs_cls" in text and "s a step with 1 images" in text
+    assert "24 images, 50 boxes, 6 classes; every" in parts["DATASETS.TRAIN: toy_train"].lines[0]
+
+
+def test_every_part_is_tried(cfg):
+    annotations = DatasetCatalog.get("toy_val")
+    annotations[0]["annotations"][0]["bbox"] = [1, 2, 3]
+    DatasetCatalog.register("check_broken", lambda: annotations)
+    MetadataCatalog.get("check_broken").set(evaluator_type="coco", thing_classes=["a"] * 6)
+    try:
+        cfg.DATASETS.TEST = ("check_broken",)
+        os.makedirs(cfg.OUTPUT_DIR)
+        torch.save({}, os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
+        parts = parts_of(cfg, images=False)
+    finally:
+        DatasetCatalog.remove("check_broken")
+        MetadataCatalog.remove("check_broken")
+    assert [*parts][-1] == "model, on images of noise"
+    assert any("holds a finished run" in message for message in errors(parts))
+    assert any("'bbox' is [1, 2, 3]" in message for message in errors(parts))
+    assert len(errors(parts)) == 2
+    assert "images not opened" in parts["DATASETS.TRAIN: toy_train"].lines[0]
+
+
+def test_a_teacher_that_is_not_there(cfg):
+    cfg.DISTILL.TEACHER.WEIGHTS = "nowhere.pth"
+    [message] = errors(parts_of(cfg, images=False))
+    assert "nowhere.pth" in message
+    assert not errors({p.name: p for p in check_config(cfg, debug=True)})
+
+
+@pytest.mark.parametrize("expected, as_expected", [(0.0, True), (50.0, False)])
+def test_the_teachers_ap(cfg, expected, as_expected):
+    parts = parts_of(cfg, images=False, teacher_ap=TeacherAP(expected, 3, 5.0))
+    if as_expected:
+        assert "on 3 images of toy_val" in parts["teacher"].lines[-1]
+    else:
+        [message] = errors(parts)
+        assert "expected 50 +- 5: are these its weights" in message
+
+
+def test_the_command_ends_with_a_count_and_what_is_next(cfg, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    main(["check", "--config-file", str(path), "--config-only", "SEED", "3"])
+    out = capsys.readouterr().out
+    assert "found 0 errors, 0 warnings" in out
+    assert out.endswith(f"next: d2kd train --config-file {path} SEED 3\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "--config-file", str(path), "--config-only", "SOLVER.MAX_ITER", "0"])
+    assert stop.value.code == 1 and "SOLVER.MAX_ITER is 0" in capsys.readouterr().out
+
+
+def test_what_the_run_may_skip_is_a_warning(cfg, tmp_path):
+    dicts = [dict(d) for d in DatasetCatalog.get("toy_train")]
+    dicts[3]["file_name"] = str(tmp_path / "lost.jpg")
+    DatasetCatalog.register("check_lost", lambda: dicts)
+    MetadataCatalog.get("check_lost").set(
+        thing_classes=MetadataCatalog.get("toy_val").thing_classes
+    )
+    cfg.DATASETS.TRAIN = ("check_lost",)
+    try:
+        [lost] = errors(parts_of(cfg))
+        cfg.RUN.SKIP_BAD_IMAGES = 1
+        part = parts_of(cfg)["DATASETS.TRAIN: check_lost"]
+    finally:
+        DatasetCatalog.remove("check_lost")
+        MetadataCatalog.remove("check_lost")
+    assert lost == "does not exist" and [f.severity for f in part.findings] == ["warning"]
+
+
+def test_a_recipe_for_more_gpus_is_scaled_as_training_scales_it(cfg):
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.MAX_ITER = 2, 10
+    lines = parts_of(cfg, images=False)["model, on its data"].lines
+    assert any("a step with 1 images" in x and "for 20 steps" in x for x in lines)
+
+
+def test_a_batch_that_cannot_be_shared(cfg):
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 3
+    assert any("SOLVER.REFERENCE_WORLD_SIZE is 3" in message for message in errors(parts_of(cfg)))
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    [message] = errors(parts_of(cfg, images=False, num_gpus=4))
+    assert "a positive multiple of --num-gpus, 4" in message

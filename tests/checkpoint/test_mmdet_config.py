@@ -1,0 +1,165 @@
+"""What is read of the configs in MMDetection's files, of all its versions, without running them."""
+
+import pytest
+
+from d2kd.checkpoint.mmdet_config import read_config
+from d2kd.checkpoint.mmdet_settings import (
+    BOX_WEIGHTS,
+    CLASSES,
+    FCOS_OPTIONS,
+    FORMAT,
+    MEAN,
+    P6,
+    RATIOS,
+    RELU,
+    SIZES,
+    STD,
+    STRIDE,
+    file_settings,
+)
+
+RETINANET = """
+    backbone=dict(type='ResNet', depth=50, style='pytorch'),
+    neck=dict(
+        type='FPN', in_channels=[256, 512, 1024, 2048], out_channels=256, start_level=1,
+        add_extra_convs='on_input', num_outs=5),
+    bbox_head=dict(
+        type='RetinaHead',
+        anchor_generator=dict(
+            type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3,
+            ratios=[0.5, 1.0, 2.0], strides=[8, 16]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1.0, 1.0, 1.0, 1.0]))
+"""
+SETTINGS = {
+    FORMAT: "RGB",
+    MEAN: [123.675, 116.28, 103.53],
+    STD: [58.395, 57.12, 57.375],
+    STRIDE: False,
+    P6: "a convolution of res5",
+    RELU: False,
+    BOX_WEIGHTS: [[1.0, 1.0, 1.0, 1.0]],
+    SIZES: [[32 * s * 2 ** (i / 3) for i in range(3)] for s in (1, 2)],
+    RATIOS: [0.5, 1.0, 2.0],
+}
+VERSION_3 = f"""
+model = dict(
+    type='RetinaNet',
+    data_preprocessor=dict(
+        type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True, pad_size_divisor=32),
+    {RETINANET})
+dataset_type = 'CocoDataset'
+"""
+# Written out, as by later versions of 2.x
+VERSION_2 = f"""
+model = dict(type='RetinaNet', pretrained='torchvision://resnet50', {RETINANET})
+img_norm_cfg = dict(
+    mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+data = dict(test=dict(pipeline=[
+    dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', transforms=[
+        dict(type='Resize', keep_ratio=True),
+        dict(type='Normalize', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
+             to_rgb=True)])]))
+lr_config = dict(policy='step', step=[8, 11], warmup_ratio=1.0 / 1000)
+"""
+# The files of the config as they stand, base configs first, as by 2.0
+VERSION_2_0 = f"""
+/mnt/lustre/mmdetection/configs/_base_/models/retinanet_r50_fpn.py
+model = dict(type='RetinaNet', {RETINANET})
+
+/mnt/lustre/mmdetection/configs/_base_/datasets/coco_detection.py
+img_norm_cfg = dict(
+    mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Normalize', **img_norm_cfg)]
+data = dict(samples_per_gpu=2, test=dict(pipeline=test_pipeline))
+
+/mnt/lustre/mmdetection/configs/retinanet_r101_fpn_1x_coco.py
+_base_ = './retinanet_r50_fpn_1x_coco.py'
+model = dict(pretrained='torchvision://resnet101', backbone=dict(depth=101))
+"""
+
+
+@pytest.mark.parametrize(
+    "meta", [{"cfg": VERSION_3}, {"config": VERSION_2}, {"config": VERSION_2_0}]
+)
+def test_configs_of_all_versions(meta):
+    assert file_settings(meta) == SETTINGS
+
+
+def test_later_assignments_change_earlier_ones():
+    model = read_config({"config": VERSION_2_0})["model"]
+    assert model["backbone"] == {"type": "ResNet", "depth": 101, "style": "pytorch"}
+    replaced = "\nmodel = dict(neck=dict(_delete_=True, type='PAFPN'))"
+    assert P6 not in file_settings({"config": VERSION_2_0 + replaced})
+
+
+def test_caffe_and_fcos():
+    config = """
+norm = dict(mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], to_rgb=False)
+test_pipeline = [dict(type='Normalize', **norm)]
+model = {'backbone': dict(type='ResNet', style='caffe'), 'neck': dict(type='FPN',
+    add_extra_convs='on_output', relu_before_extra_convs=True),
+    'bbox_head': dict(type='FCOSHead', norm_on_bbox=True, centerness_on_reg=False)}
+"""
+    assert file_settings({"config": config}) == {
+        FORMAT: "BGR",
+        MEAN: [102.9801, 115.9465, 122.7717],
+        STD: [1.0, 1.0, 1.0],
+        STRIDE: True,
+        P6: "a convolution of P5",
+        RELU: True,
+        FCOS_OPTIONS: ["norm_on_bbox"],
+    }
+
+
+def test_stages_of_a_cascade():
+    stages = ", ".join(f"dict(bbox_coder=dict(target_stds=[{s}, {s}]))" for s in (0.1, 0.05))
+    config = f"model = dict(neck=dict(type='FPN'), roi_head=dict(bbox_head=[{stages}]))"
+    assert file_settings({"cfg": config}) == {
+        P6: "P5, pooled",
+        BOX_WEIGHTS: [[10.0, 10.0], [20.0, 20.0]],
+    }
+
+
+@pytest.mark.parametrize(
+    "meta", [{"CLASSES": ("a", "b")}, {"dataset_meta": {"classes": ["a", "b"]}}]
+)
+def test_classes_without_a_config(meta):
+    assert file_settings(meta) == {CLASSES: ["a", "b"]}
+
+
+def test_nothing_is_run(tmp_path):
+    marker = tmp_path / "run"
+    config = f"""
+import os
+os.mkdir({str(marker)!r})
+made = os.mkdir({str(marker)!r})
+model = dict(depth=__import__('os').mkdir({str(marker)!r}), neck=dict(type='FPN', **made),
+             backbone=eval("1"), lines=[os.sep], text=f"{{os.sep}}")
+"""
+    assert read_config({"cfg": config}) == {"model": {"neck": {"type": "FPN"}}}
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        None,
+        {},
+        {"cfg": None},
+        {"cfg": 3},
+        {"cfg": "model = dict("},
+        {"cfg": "model = " + "-" * 100_000 + "1"},
+        {"cfg": "model = " + "[" * 1000},
+        {"cfg": "model = 3"},
+        {"cfg": "model = dict(bbox_head=3, neck='FPN', backbone=[dict()])"},
+        {"cfg": "model = dict(neck=dict(type='FPN', add_extra_convs='on_moon'))"},
+        {"cfg": "model = dict(bbox_head=dict(bbox_coder=dict(target_stds=[0.0])))"},
+        {"cfg": "model = dict(data_preprocessor=dict(mean=1, std=2))"},
+        {"cfg": "\0"},
+        [1],
+    ],
+)
+def test_what_cannot_be_understood_is_unknown(meta):
+    assert file_settings(meta) == {}

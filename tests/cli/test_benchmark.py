@@ -1,0 +1,119 @@
+"""``d2kd benchmark``: what distillation costs."""
+
+import pytest
+import torch
+from toys import STUDENTS
+
+from d2kd.cli.main import main
+from d2kd.evidence.benchmark import AS_STOCK, STANDARD, Case, Costs, Load
+from d2kd.evidence.costs import growth_text, read_costs
+from d2kd.evidence.profile import peak_memory
+
+KIB = torch.zeros(256)  # float32
+
+
+def test_peak_memory_is_exact():
+    before = [KIB.repeat(1000)]
+
+    def step():
+        before.clear()  # what stood before does not count
+        first = KIB.repeat(300)
+        second = first + 1
+        del first
+        return second.repeat(2)
+
+    for _ in range(2):
+        assert peak_memory(step, "cpu") == pytest.approx(900 / 1024, abs=1e-4)
+    assert peak_memory(lambda: None, "cpu") == 0
+
+
+SMALL = ["--size", "64", "--rounds", "2"]
+CPU = ["MODEL.DEVICE", "cpu"]
+RECIPE = "shapes/crosskd/fcos_tiny.yaml"
+
+
+def test_table_of_a_recipe(capsys):
+    other = "SOLVER.CHANNELS_LAST True"
+    main(["benchmark", RECIPE, *SMALL, "--ops", "3", "--beside", other, *CPU])
+    lines = capsys.readouterr().out.splitlines()
+    plain, distilled = (next(x for x in lines if x.startswith(f"| {k}: ")) for k in "ac")
+    plain, distilled = (float(x.split("|")[3]) for x in (plain, distilled))
+    ratio = float(next(x for x in lines if x.startswith("memory")).split("c/a ")[1])
+    assert 0 < plain <= distilled and ratio == pytest.approx(distilled / plain, rel=0.5)
+    assert sum(x.startswith("c/(a+b) ") for x in lines) == 2
+    assert any(x.startswith("c/(a+b) ") and x.endswith(f": {other}") for x in lines)
+    listed = lines[next(i for i, x in enumerate(lines) if x.startswith("| operation")) + 2 :]
+    milliseconds = [float(x.split("|")[2]) for x in listed]
+    assert len(milliseconds) == 3 and milliseconds == sorted(milliseconds, reverse=True)
+
+
+def test_several_recipes_as_data_and_as_markdown(tmp_path, capsys):
+    data, table = str(tmp_path / "costs.json"), tmp_path / "table.md"
+    files = ["--json", data, "--markdown", str(table)]
+    main(["benchmark", RECIPE, *SMALL, *files, *CPU])
+    first = read_costs(data)
+    main(["benchmark", RECIPE, "shapes/frs/fcos_tiny.yaml", *SMALL, *files, *CPU])
+    both = read_costs(data)
+    assert both[0] == first[0], "what is there is not measured again"
+    assert [c.case.recipe for c in both] == [RECIPE, "shapes/frs/fcos_tiny.yaml"]
+    assert all(len(x) == 2 for c in both for x in c.seconds.values())
+    assert set(both[0].seconds) == set("abtc") and set(both[0].memory) == set("ac")
+    rows = table.read_text().splitlines()[2:]
+    assert [RECIPE in rows[0], "shapes/frs/fcos_tiny.yaml" in rows[1], len(rows)] == [1, 1, 2]
+
+
+def test_growth_over_a_load_and_over_a_key(capsys):
+    main(["benchmark", RECIPE, *SMALL, "--growth", "batch 1 2", *CPU])
+    assert "slopes: a " in capsys.readouterr().out
+    key = "DISTILL.CROSSKD.TEMPERATURE"
+    main(["benchmark", RECIPE, *SMALL, "--growth", f"{key} 1.0 2.0", *CPU])
+    rows = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| ")]
+    assert key in rows[0] and [x.split("|")[1].strip() for x in rows[-2:]] == ["1.0", "2.0"]
+
+
+def test_slope_of_growth():
+    sizes = ["1", "2", "4"]
+    costs = [
+        Costs(
+            Case("x"),
+            Load(),
+            "CPU",
+            "2",
+            {"a": [3.0], "b": [float(n)], "c": [float(n) ** 2]},
+            {"c": 1.0},
+            {},
+            {},
+        )
+        for n in sizes
+    ]
+    assert growth_text("batch", sizes, costs).endswith("slopes: a 0.00, b 1.00, c 2.00")
+
+
+def test_values_without_a_slope_are_shown_without():
+    costs = [Costs(Case("x"), Load(), "CPU", "2", dict.fromkeys("abc", [1.0]), {"c": 1.0}, {}, {})]
+    for values in (["0", "8"], ["student", "teacher"]):
+        assert "slopes" not in growth_text("KEY", values, costs * 2)
+
+
+def test_no_rounds_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", RECIPE, "--rounds", "0", *CPU])
+    assert capsys.readouterr().err.startswith("error: --rounds is 0: give 1 or more")
+
+
+@pytest.mark.parametrize("growth", [" ", "batch 1", "rounds 1 2", "size 64 wide"])
+def test_wrong_growth_is_one_line(growth, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", RECIPE, *SMALL, "--growth", growth, *CPU])
+    assert capsys.readouterr().err.startswith("error: --growth")
+
+
+def test_the_table_of_the_documents_can_be_built():
+    for case in STANDARD:
+        assert case.config(AS_STOCK).DISTILL.METHODS, case
+
+
+def test_nothing_to_compare_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", STUDENTS["FCOS"], "MODEL.DEVICE", "cpu"])
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,73 @@
+"""The command: its overview, its help, and what it does without Detectron2."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from d2kd import __version__
+from d2kd.cli.main import COMMANDS, main, make_parser, module_of
+
+
+@pytest.fixture
+def said(capsys):
+    def run(*words):
+        status = 0
+        try:
+            main(list(words))
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                return 1, end.code
+            status = end.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+def test_the_overview_names_every_command(said):
+    status, text = said()
+    assert status == 0 and all(f"  {command.name} " in text for command in COMMANDS)
+    assert said("--help") == (status, text)
+
+
+def test_version(said):
+    assert said("--version") == (0, f"d2kd {__version__}\n")
+
+
+def test_an_unknown_command_gets_the_nearest(said):
+    assert said("trian") == (1, "error: d2kd has no command 'trian': did you mean 'train'?")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_shows_an_example(command):
+    text = make_parser(command, module_of(command)).format_help()
+    assert f"usage: d2kd {command.name}" in text and f"\n  d2kd {command.name}" in text
+
+
+def test_what_is_wrong_is_one_line(said):
+    status, text = said("eval", "/nowhere")
+    assert status == 1
+    assert text.startswith("error: '/nowhere' is no run") and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "missing, remedy",
+    [("detectron2", "python -m d2kd.install_detectron2"), ("pkg_resources", '"setuptools<82"')],
+)
+def test_a_missing_module_is_one_line_that_names_the_remedy(tmp_path, missing, remedy):
+    (tmp_path / "detectron2").mkdir()
+    (tmp_path / "detectron2" / "__init__.py").write_text(
+        f"raise ModuleNotFoundError('none', name={missing!r})"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    path = os.pathsep.join([str(tmp_path), root])
+    result = subprocess.run(
+        [sys.executable, "-m", "d2kd", "train"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert remedy in result.stderr

@@ -1,0 +1,74 @@
+"""``d2kd train`` with names in place of a config file."""
+
+import pytest
+
+from d2kd.cli import train
+from d2kd.cli.main import main
+from d2kd.config import read_config
+
+TINY = "shapes/baselines/fcos_tiny"
+NAMES = ["--student", TINY, "--teacher", f"{TINY}_teacher"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the command would start, in order: (config file, overrides)."""
+    runs = []
+
+    def start(args, prepare):
+        prepare(args)
+        runs.append((args.config_file, args.opts))
+
+    monkeypatch.setattr(train, "start", start)
+    monkeypatch.setattr(train, "train_teacher", lambda path, options: runs.append((path, options)))
+    monkeypatch.setattr(train, "seconds_of_training", lambda cfg, processes: 7200.0 / processes)
+    return runs
+
+
+def test_names_become_a_config_file(started, tmp_path, capsys):
+    opts = ["SOLVER.MAX_ITER", "5", "OUTPUT_DIR", str(tmp_path)]
+    main(["train", *NAMES, "--method", "PKD", "--method", "MGD", *opts])
+    ((path, overrides),) = started
+    assert path == str(tmp_path / "recipe.yaml") and overrides == []
+    cfg = read_config(path)
+    assert cfg.DISTILL.METHODS == ["PKD", "MGD"] and cfg.SOLVER.MAX_ITER == 5
+    assert "method   PKD, MGD: as asked" in capsys.readouterr().out
+
+
+def test_the_teachers_run_comes_first_and_once(started, tmp_path, capsys):
+    words = ["train", *NAMES, "--finetune-teacher", "OUTPUT_DIR", str(tmp_path)]
+    main(words)
+    teacher, student = (path for path, _ in started)
+    assert teacher == str(tmp_path / "teacher/recipe.yaml") and student == f"{tmp_path}/recipe.yaml"
+    said = capsys.readouterr().out
+    assert "step 1   the teacher: 750 iterations of 8 images, about 2 h" in said
+    assert "step 2   the student: 750 iterations of 8 images, about 2 h" in said
+    (tmp_path / "teacher/model_final.pth").touch()
+    main([*words, "--resume"])
+    assert [path for path, _ in started[2:]] == [student]
+    assert "step 1   the teacher is trained already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--student", "a"], "--teacher is missing"),
+        (["--method", "FRS"], "--student is missing"),
+        ([*NAMES, "--config-file", "a.yaml"], "--config-file does not go with --student"),
+        ([*NAMES, "SEED"], "give pairs of KEY VALUE, not 1 words: ['SEED']"),
+        ([*NAMES, "--eval-only"], "--eval-only does not go with --student"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(started, capsys, words, message):
+    with pytest.raises(SystemExit):
+        main(["train", *words])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not started
+
+
+def test_a_folder_with_a_run_is_not_touched(started, tmp_path, capsys):
+    (tmp_path / "model_final.pth").touch()
+    with pytest.raises(SystemExit):
+        main(["train", *NAMES, "OUTPUT_DIR", str(tmp_path)])
+    assert "holds a finished run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model_final.pth"] and not started

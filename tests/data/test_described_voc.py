@@ -1,0 +1,92 @@
+"""Data sets that a config describes by a folder laid out as Pascal VOC's."""
+
+import argparse
+
+import pytest
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from d2kd.check.evaluations import ap_of_annotations
+from d2kd.cli.arguments import add_data, add_overrides, overrides_of
+from d2kd.config import read_config
+from d2kd.data.check import check_evaluation, load_training_dicts
+from d2kd.errors import UserError
+
+FCOS = "shapes/baselines/fcos_tiny.yaml"
+XML = """<annotation><size><width>40</width><height>30</height></size>
+<object><name>{name}</name><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>20</xmax><ymax>25</ymax>
+</bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images of three classes: two to train with, one to evaluate."""
+    root = tmp_path / "mine"
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / name).mkdir(parents=True)
+    for i, name in enumerate(("dog", "cat", "ant")):
+        (root / "Annotations" / f"{i}.xml").write_text(XML.format(name=name))
+        Image.new("RGB", (40, 30)).save(root / "JPEGImages" / f"{i}.jpg")
+    (root / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("1\n2\n")
+    return root
+
+
+def read(folder, *opts):
+    sets = [[{"voc": str(folder), "split": split}] for split in ("train", "val")]
+    data = ["DATASETS.TRAIN", repr(sets[0]), "DATASETS.TEST", repr(sets[1])]
+    return read_config(FCOS, [*data, *opts])
+
+
+def test_both_splits_have_the_classes_of_all(folder, tmp_path):
+    cfg = read(folder, "OUTPUT_DIR", str(tmp_path / "run"))
+    (train,), (val,) = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    assert train.startswith("mine_train_") and val.startswith("mine_val_")
+    assert cfg.MODEL.FCOS.NUM_CLASSES == 3
+    dicts = load_training_dicts(cfg)
+    assert [d["annotations"][0]["category_id"] for d in dicts] == [2, 1]
+    assert dicts[0]["annotations"][0]["bbox"] == [1, 2, 20, 25]  # counted from 0
+    check_evaluation(cfg, ("coco",))
+    assert ap_of_annotations(cfg, val) == pytest.approx(100)
+
+
+def test_a_saved_config_and_a_changed_file(folder, tmp_path):
+    cfg = read(folder)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    DatasetCatalog.remove(cfg.DATASETS.TRAIN[0])
+    again = read_config(str(tmp_path / "config.yaml"))
+    assert list(again.DATASETS.TRAIN) == list(cfg.DATASETS.TRAIN)
+    assert len(DatasetCatalog.get(again.DATASETS.TRAIN[0])) == 2
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n2\n")
+    assert list(read(folder).DATASETS.TRAIN) != list(cfg.DATASETS.TRAIN)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("ImageSets/Main/val.txt", None, "val.txt does not exist: give a folder laid out"),
+        ("Annotations/1.xml", "<annotation>", "1.xml is not valid XML"),
+        ("Annotations/1.xml", XML.format(name=""), "1.xml has an object without a name"),
+    ],
+)
+def test_faults_are_told(folder, name, content, words):
+    path = folder / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        read(folder)
+
+
+def test_the_flags(folder):
+
+    parser = argparse.ArgumentParser()
+    add_data(parser)
+    add_overrides(parser)
+    parser.set_defaults(config_file="")
+    words = ["--train-voc", str(folder), "train"]
+    opts = overrides_of(parser.parse_intermixed_args(words))
+    assert opts == ["DATASETS.TRAIN", repr([{"voc": str(folder), "split": "train"}])]
+    words += ["--train-json", "a.json", "--train-images", "b"]
+    with pytest.raises(UserError, match="--train-json and --train-voc are several data sets"):
+        overrides_of(parser.parse_intermixed_args(words))

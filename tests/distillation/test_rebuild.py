@@ -1,0 +1,190 @@
+"""The teacher rebuilt for speed: what is folded, what is not, and the proof of equal outputs."""
+
+import copy
+import logging
+import shutil
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+from toys import AS_LOADED, STUDENTS, batch, detector, distill_config, step
+
+from d2kd.checkpoint import checksum
+from d2kd.distillation import build_model
+from d2kd.distillation.rebuild import fold_frozen_norms, largest_unobserved
+from d2kd.errors import UserError
+from d2kd.views import build_family
+from d2kd.views.reads import Stage
+
+PAIRS = [(student, method) for student in STUDENTS for method in ("FRS", "DeFeat", "HGD")]
+PAIRS += [("RetinaNet", "CrossKD"), ("GFL", "CrossKD"), ("FasterRCNN", "GDetKD")]
+
+
+def filled(module, seed=0):
+    """Norms with statistics and weights that are not 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if getattr(norm, "running_var", None) is not None:
+            for tensor in (norm.weight, norm.running_var):
+                tensor.data.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            for tensor in (norm.bias, norm.running_mean):
+                tensor.data.copy_(torch.randn(tensor.shape, generator=generator))
+    return module.eval().requires_grad_(False)
+
+
+def conv(norm, **kwargs):
+    return Conv2d(4, 6, 3, padding=1, norm=norm, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "net, count",
+    [
+        (nn.Sequential(conv(FrozenBatchNorm2d(6), bias=False)), 1),
+        (nn.Sequential(conv(nn.BatchNorm2d(6), activation=torch.relu)), 1),
+        (nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU()), 1),
+        (nn.Sequential(conv(None), nn.BatchNorm2d(6, affine=True)), 1),
+        (nn.Sequential(conv(nn.BatchNorm2d(6)), nn.BatchNorm2d(6)), 1),  # one norm per layer
+        (nn.Sequential(conv(None, activation=torch.relu), nn.BatchNorm2d(6)), 0),
+        (nn.Sequential(conv(nn.GroupNorm(2, 6))), 0),
+        (nn.Sequential(conv(nn.BatchNorm2d(6, track_running_stats=False))), 0),
+        (nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)), 0),  # the other order
+    ],
+)
+def test_what_is_folded(net, count):
+    x = torch.randn(2, 4, 5, 7)
+    before = filled(net)(x)
+    assert fold_frozen_norms(net) == count
+    torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_are_folded_too():
+    net = filled(nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6)))
+    x = torch.randn(5, 4)
+    before = net(x)
+    assert fold_frozen_norms(net) == 1 and isinstance(net[1], nn.Identity)
+    torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_with_a_norm_per_level_is_left_alone():
+    shared = nn.Conv2d(4, 6, 1)
+    levels = nn.ModuleList(nn.Sequential(shared, nn.BatchNorm2d(6)) for _ in range(2))
+    assert fold_frozen_norms(filled(levels)) == 0
+
+
+def test_what_is_observed_is_left_alone():
+    norm, first = nn.BatchNorm2d(6), nn.Conv2d(4, 6, 1)
+    net = filled(nn.Sequential(conv(norm), nn.Conv2d(6, 4, 1), first, nn.BatchNorm2d(6)))
+    assert fold_frozen_norms(copy.deepcopy(net)) == 2
+    assert fold_frozen_norms(net, [norm, first]) == 0
+
+
+@pytest.mark.parametrize("student, method", PAIRS, ids=lambda x: x)
+def test_losses_and_gradients_are_those_of_the_file(tmp_path, student, method):
+    norms = ["MODEL.RESNETS.NORM", "FrozenBN"]
+    depth = ["DISTILL.CROSSKD.DEPTH", 1]
+    steps, torch_state = [], torch.get_rng_state()
+    for opts in ([*AS_LOADED, *depth], depth):
+        cfg = distill_config(tmp_path, student, opts, teacher_opts=norms, methods=[method])
+        torch.set_rng_state(torch_state)
+        model = build_model(cfg)
+        losses = step(model, batch())
+        sum(losses.values()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        steps.append((losses, gradients))
+    for before, after in zip(*steps):
+        assert before.keys() == after.keys()
+        for name in before:
+            scale = before[name].abs().max().item()
+            torch.testing.assert_close(
+                after[name], before[name], rtol=1e-4, atol=1e-4 * scale + 1e-7, msg=name
+            )
+
+
+def test_the_report_says_what_was_done(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    norms = ["MODEL.RESNETS.NORM", "FrozenBN"]
+    model = build_model(distill_config(tmp_path, "FCOS", teacher_opts=norms))
+    assert "The teacher runs rebuilt: " in caplog.text and "norms folded, channels last" in (
+        caplog.text
+    )
+    conv1 = model.teacher.detector.backbone.bottom_up.res3[0].conv1
+    assert conv1.norm is None and conv1.bias is not None
+    assert model.teacher.detector.head.cls_score.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert model.teacher.checksum != checksum(model.teacher.detector)
+    caplog.clear()
+    model = build_model(distill_config(tmp_path, "FCOS", AS_LOADED, teacher_opts=norms))
+    assert "rebuilt" not in caplog.text
+    assert model.teacher.checksum == checksum(model.teacher.detector)
+
+
+def test_a_wrong_rebuild_is_refused(tmp_path, monkeypatch):
+    def folded_wrongly(detector, observed):
+        detector.backbone.fpn_output3.weight.data *= 1.01
+        return 1
+
+    monkeypatch.setattr("d2kd.distillation.rebuild.fold_frozen_norms", folded_wrongly)
+    with pytest.raises(UserError, match="its features differ by 0.0.* set FOLD_NORMS"):
+        build_model(distill_config(tmp_path, "FCOS"))
+
+
+def test_half_precision_is_compared_too(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    opts = ["DISTILL.TEACHER.PRECISION", "bfloat16"]
+    model = build_model(distill_config(tmp_path, "FCOS", opts))
+    assert model.teacher.precision_name == "bfloat16"
+    assert "The teacher runs rebuilt: bfloat16, " in caplog.text
+
+
+def test_no_random_number_is_drawn(tmp_path):
+    """The student's own numbers do not depend on how its teacher runs."""
+    states = []
+    for opts in (AS_LOADED, []):
+        cfg = distill_config(tmp_path, "FasterRCNN", opts, methods=["DeFeat"])
+        torch.manual_seed(4)
+        model = build_model(cfg)
+        streams = [s.state_dict() for s in model.random_streams().values()]
+        states.append((torch.get_rng_state(), checksum(model.student), str(streams)))
+    assert torch.equal(states[0][0], states[1][0]) and states[0][1:] == states[1][1:]
+
+
+def test_parts_to_compile_have_no_hooks_inside():
+    family = build_family(detector(STUDENTS["RetinaNet"], ["MODEL.RESNETS.NORM", "FrozenBN"]))
+    bottom_up = family.stage_module
+    assert list(largest_unobserved(family.backbone, [family.backbone])) == [family.backbone]
+    inside = set(largest_unobserved(family.backbone, [bottom_up]))
+    assert bottom_up in inside and family.backbone not in inside
+    sums = [o.module for o in family.observe(Stage("res5", pre_activation=True))]
+    parts = list(largest_unobserved(family.backbone, sums))
+    hooked = {m for s in sums for m in s.hooked}
+    assert all(hooked.isdisjoint(set(part.modules()) - {part}) for part in parts)
+    assert bottom_up.res4 in parts and bottom_up.res5 not in parts
+
+
+@pytest.mark.docs
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    losses = []
+    for opts in ([], ["DISTILL.TEACHER.COMPILE", True]):
+        torch.manual_seed(0)
+        model = build_model(distill_config(tmp_path, "FCOS", opts))
+        losses.append([step(model, batch(sizes=s)) for s in (((96, 128),), ((64, 80), (96, 64)))])
+    assert "compiled; " in caplog.text
+    for before, after in zip(*losses):
+        assert all(torch.allclose(after[k], v, rtol=1e-4) for k, v in before.items())
+
+
+def test_what_cannot_be_compiled_runs_without(tmp_path, caplog, monkeypatch):
+    def no_compiler(function, **_):
+        def fail(*args):
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model = build_model(distill_config(tmp_path, "FCOS", ["DISTILL.TEACHER.COMPILE", True]))
+    assert "which runs without: RuntimeError: no compiler here" in caplog.text
+    assert torch.isfinite(step(model, batch())["loss_frs_feature"])

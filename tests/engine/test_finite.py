@@ -1,0 +1,80 @@
+"""A loss that is not finite: who was first is said in one line, and no such weights are saved."""
+
+import pytest
+import torch
+from runs import run_config, train
+
+from d2kd.errors import UserError
+
+NAN, INF = float("nan"), float("inf")
+
+
+def poison_weight(trainer):
+    trainer.bare_model.teacher.detector.backbone.fpn_output3.weight.data.fill_(NAN)
+
+
+def huge_teacher(trainer):
+    trainer.bare_model.teacher.detector.backbone.fpn_output3.weight.data.fill_(3e38)
+
+
+def huge_student(trainer):
+    trainer.student.head.bbox_pred.weight.data.fill_(3e38)
+
+
+def gradient(trainer):
+    parameter = trainer.student.head.cls_score.bias
+    parameter.register_hook(lambda g: g * INF)
+
+
+def adapter(trainer):
+    next(trainer.bare_model.distillers.parameters()).data.fill_(NAN)
+
+
+@pytest.mark.parametrize(
+    "action, iteration, words",
+    [
+        (poison_weight, 2, "the teacher's backbone.fpn_output3.weight is not finite"),
+        (huge_teacher, 2, "the teacher's output was the first .*module backbone.fpn"),
+        (huge_student, 2, "the student's output was the first .*module head.bbox_pred"),
+        (gradient, 3, "the student's head.cls_score.bias is not finite since the step before"),
+        (adapter, 2, "the adapters's .* is not finite since"),
+    ],
+)
+def test_who_was_first(tmp_path, toy_dataset, action, iteration, words, caplog):
+    cfg = run_config(tmp_path, "FCOS", toy_dataset, ["SOLVER.CHECKPOINT_PERIOD", 100])
+    with pytest.raises(UserError, match=words) as error:
+        train(cfg, at=2, action=action)
+    assert str(error.value).startswith(f"iteration {iteration}: ")
+    assert "\n" not in str(error.value) and "Traceback" not in caplog.text
+
+
+def test_the_levels_of_a_term_are_named(tmp_path, toy_dataset):
+    cfg = run_config(tmp_path, "FCOS", toy_dataset)
+    with pytest.raises(UserError, match=r"loss_frs_feature is nan \(on levels \[\d"):
+        train(cfg, at=1, action=poison_weight)
+
+
+def test_an_image_that_is_not_finite_is_named(tmp_path, toy_dataset):
+    def poison(trainer):
+        images = iter(trainer.data_loader)
+
+        def poisoned():
+            for batch in images:
+                batch[1]["image"] = batch[1]["image"].float().fill_(NAN)
+                yield batch
+
+        trainer._trainer._data_loader_iter = poisoned()
+
+    cfg = run_config(tmp_path, "FCOS", toy_dataset)
+    with pytest.raises(UserError, match="iteration 1: .*image .*toy/train.*jpg is not finite"):
+        train(cfg, at=1, action=poison)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, toy_dataset):
+    cfg = run_config(tmp_path, "FCOS", toy_dataset, ["SOLVER.CHECKPOINT_PERIOD", 1])
+    with pytest.raises(UserError, match="iteration 2: .*is not finite"):
+        train(cfg, at=2, action=gradient)
+    assert train(cfg, resume=True).start_iter == 2
+    for name in ("model_0000001", "model_final"):
+        saved = torch.load(f"{cfg.OUTPUT_DIR}/{name}.pth", weights_only=True)["model"]
+        assert all(tensor.isfinite().all() for tensor in saved.values())

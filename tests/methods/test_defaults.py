@@ -1,0 +1,58 @@
+"""Methods default to the values that were published for the student's kind."""
+
+import pytest
+from toys import STUDENTS, config, distill_config
+
+from d2kd.distillation import build_model
+from d2kd.methods import DISTILLER_REGISTRY
+from d2kd.schema import get_value
+
+EXPECTED = {
+    ("FRS", "RetinaNet"): {"FEATURE.WEIGHT": 0.005, "CLS.WEIGHT": 0.02},
+    ("FRS", "GFL"): {"FEATURE.WEIGHT": 0.1, "CLS.WEIGHT": 0.05},
+    ("FRS", "FasterRCNN"): {"FEATURE.WEIGHT": 0.002, "CLS.WEIGHT": 0.1},
+    ("PKD", "ATSS"): {"FEATURE.WEIGHT": 1.0},
+    ("PKD", "GFL"): {"FEATURE.WEIGHT": 6.0},
+    ("CrossKD", "FCOS"): {"DEPTH": 2, "CLS.WEIGHT": 0.4, "BBOX_LOSS": "giou"},
+    ("CrossKD", "GFL"): {"DEPTH": 3, "BBOX.WEIGHT": 4.0, "BBOX_LOSS": ""},
+    ("Mimicking", "ATSS"): {"CENTERNESS.WEIGHT": 1.0},
+    ("GDetKD", "RetinaNet"): {"CLS.WEIGHT": 0.0, "BBOX.WEIGHT": 0.0},
+    ("GDetKD", "FasterRCNN"): {"CLS.WEIGHT": 1.0, "BBOX.WEIGHT": 1.0},
+}
+
+
+@pytest.mark.parametrize("method, student", EXPECTED)
+def test_defaults_follow_the_student(method, student):
+    node = config(STUDENTS[student]).DISTILL[method.upper()]
+    for key, value in EXPECTED[method, student].items():
+        assert get_value(node, key) == value
+
+
+@pytest.mark.parametrize("name", [name for name, _ in DISTILLER_REGISTRY])
+def test_defaults_are_keys_of_the_method(name):
+    method = DISTILLER_REGISTRY.get(name)
+    for architecture in method.defaults_of:
+        node = method.default_config()
+        method.use_defaults_of(node, architecture)
+        method.check_config(node)
+        assert method.source_of_values(node, architecture)
+
+
+def test_overrides_come_before_defaults():
+    given = ["DISTILL.FRS.CLS.WEIGHT", 0.25, "MODEL.META_ARCHITECTURE", "GFL"]
+    node = config(STUDENTS["FCOS"], given).DISTILL.FRS
+    assert (node.FEATURE.WEIGHT, node.CLS.WEIGHT) == (0.1, 0.25)
+
+
+@pytest.mark.parametrize(
+    "student, opts, said",
+    [
+        ("GFL", [], "Values of FRS: the authors', for GFL"),
+        ("GFL", ["DISTILL.FRS.CLS.WEIGHT", 9.0], "Values of FRS: as the config says, not the"),
+        ("ATSS", [], "Values of FRS: nobody's for ATSS, search your own"),
+    ],
+)
+def test_the_report_says_whose_values_they_are(tmp_path, caplog, student, opts, said):
+    with caplog.at_level("INFO"):
+        build_model(distill_config(tmp_path, student, opts))
+    assert said in caplog.text

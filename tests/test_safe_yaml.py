@@ -1,0 +1,138 @@
+"""Nothing in a config file is run."""
+
+import os
+
+import pytest
+from toys import config, distill_config
+
+from d2kd.distillation import build_model
+from d2kd.errors import UserError
+from d2kd.model_zoo import resolve_config
+from d2kd.safe_yaml import list_comprehension, read_yaml
+
+ATTACKS = {
+    "apply": "!!python/object/apply:os.system ['touch {mark}']",
+    "new": "!!python/object/new:os.system ['touch {mark}']",
+    "eval": "!!python/object/apply:eval [\"__import__('os').system('touch {mark}')\"]",
+    "exec": "!!python/object/apply:exec [\"open('{mark}', 'w')\"]",
+    "comprehension": "!!python/object/apply:eval [\"[open('{mark}', 'w') for x in [1]]\"]",
+    "loop": "!!python/object/apply:eval [\"[x for x in [open('{mark}', 'w')]]\"]",
+    "name": "!!python/name:os.system",
+    "module": "!!python/module:os",
+    "tuple": "!!python/tuple [1, 2]",
+    "unknown": "!thing 3",
+}
+
+
+def refused(path):
+    with pytest.raises(UserError) as error:
+        config(str(path))
+    message = str(error.value)
+    assert "\n" not in message and "nothing in a config is run" in message
+    return message
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+@pytest.mark.parametrize("base", [False, True])
+def test_a_config_is_data(tmp_path, attack, base):
+    mark, evil, path = (tmp_path / name for name in ("mark", "evil.yaml", "config.yaml"))
+    evil.write_text("SEED: 1\nMODEL:\n  WEIGHTS: " + attack.format(mark=mark) + "\n")
+    path.write_text("_BASE_: evil.yaml\n" if base else evil.read_text())
+    assert f"{evil if base else path}: line 3: the tag" in refused(path)
+    assert not mark.exists()
+
+
+def test_a_teachers_config_is_data(tmp_path):
+    evil, mark = tmp_path / "evil.yaml", tmp_path / "mark"
+    evil.write_text("MODEL: " + ATTACKS["apply"].format(mark=mark))
+    cfg = distill_config(tmp_path, "FCOS", ["DISTILL.TEACHER.CONFIG", str(evil)])
+    with pytest.raises(UserError, match="evil.yaml: line 1: the tag"):
+        build_model(cfg)
+    assert not mark.exists()
+
+
+def test_detectron2s_own_anchor_sizes_are_read():
+    cfg = config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert sizes == [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[x for x in y]",
+        "[x for x in [1] if x]",
+        "[x for x in [1] for z in [2]]",
+        "[x() for x in [1]]",
+        "[x.real for x in [1]]",
+        "[9**9**9**9 for x in [1]]",
+        "[1/0 for x in [1]]",
+        "['a' for x in [1]]",
+        "[[x] * 999999999 for x in [1]]",
+        "[x for x in [[1]]][0]",
+        "{x for x in [1]}",
+        "1 + 1",
+        "[x for x in " + "[" * 90 + "]" * 90 + "]" * 9,
+        "[x for",
+    ],
+)
+def test_other_expressions_are_not(text):
+    with pytest.raises(ValueError):
+        list_comprehension(text)
+
+
+def test_bases_in_every_form(tmp_path):
+    (tmp_path / "a.yaml").write_text("SEED: 1\nSOLVER: {MAX_ITER: 7, STEPS: [3]}\n")
+    (tmp_path / "b.yaml").write_text("SOLVER: {MAX_ITER: 8}\n")
+    path = tmp_path / "c.yaml"
+    path.write_text(f"_BASE_: [a.yaml, {tmp_path}/b.yaml]\nVERSION: 2\n")
+    expected = {"SEED": 1, "SOLVER": {"MAX_ITER": 8, "STEPS": [3]}, "VERSION": 2}
+    assert read_yaml(str(path)) == expected
+
+
+@pytest.mark.parametrize("name", ["shapes/frs/fcos_tiny.yaml", "Base-RetinaNet.yaml"])
+def test_bases_are_found_by_name(tmp_path, name):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: [{name}]\nSEED: 3\n")
+    expected = {**read_yaml(resolve_config(name, "test")), "SEED": 3}
+    assert read_yaml(str(path)) == expected
+    folder = tmp_path / os.path.dirname(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / os.path.basename(name)).write_text("SEED: 1\nVERSION: 2\n")  # beside it comes first
+    assert read_yaml(str(path)) == {"SEED": 3, "VERSION": 2}
+
+
+def test_a_base_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "base.yaml").write_text("SEED: 1\n")
+    (tmp_path / "a" / "mine.yaml").write_text("_BASE_: base.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="mine.yaml: _BASE_ is 'base.yaml': no such file beside"):
+        read_yaml("a/mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("_BASE_: config.yaml", "its _BASE_ leads back"),
+        ("_BASE_: nowhere.yaml", "_BASE_ is 'nowhere.yaml': no such file"),
+        ("_BASE_: [3]", "_BASE_ is 3: give a file"),
+        ("_BASE_:", "_BASE_ is None: give a file"),
+        ("", "holds None, expected config keys"),
+        ("[1, 2]", "expected config keys"),
+        ("MODEL: [", "line 1"),
+        ("A: " + "[" * 3000, "config.yaml"),
+    ],
+)
+def test_broken_files_get_one_line(tmp_path, content, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        config(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_configs_of_the_first_version_are_upgraded(tmp_path):
+    (tmp_path / "plain.yaml").write_text("MODEL: {WEIGHT: weights.pth}\n")
+    cfg = config(str(tmp_path / "plain.yaml"))
+    assert cfg.MODEL.WEIGHTS == "weights.pth" and cfg.VERSION == 2
