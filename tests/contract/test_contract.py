@@ -146,9 +146,9 @@ def test_same_seed_same_step(run):
         assert all(torch.equal(a.gradients[k], b.gradients[k]) for k in a.gradients)
 
 
-def test_looking_at_gradients_does_not_change_a_step(run):
+def test_looking_at_gradients_does_not_change_a_step(run, monkeypatch):
     model = run.rewind()
-    model.balance_period = 1
+    monkeypatch.setattr(model, "balance_period", 1)
     (step,) = run_steps(model, count=1)
     assert all(torch.equal(value, run.steps[0].losses[name]) for name, value in step.losses.items())
     gradients = run.steps[0].gradients
