@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 import time
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
+
+from d2kd.engine.versions import processor_name
 
 # Passes that are not timed: the first ones allocate memory and choose algorithms
 WARM_UP = 3
@@ -89,14 +90,4 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    return f"{_processor()}, {threads}"
-
-
-def _processor() -> str:
-    """As Linux names it, elsewhere its architecture."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{processor_name()}, {threads}"

@@ -54,8 +54,20 @@ def _now() -> Dict[str, Any]:
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
         "gpu": gpu,
     }
+
+
+def processor_name() -> str:
+    """As Linux names it, elsewhere its architecture."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit_of(folder: str) -> str:
