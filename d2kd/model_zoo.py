@@ -29,15 +29,17 @@ def resolve_config(name: str, key: str) -> str:
     """The path of a config file.
 
     Args:
-        name: a path, or a name relative to d2kd's ``configs`` or to Detectron2's model zoo.
+        name: a path, or a name relative to d2kd's ``configs`` or to Detectron2's model zoo. The
+            ending of a YAML file may be left out.
         key: the config key or option that named it, for the message.
 
     Raises:
         UserError: if there is no such file.
     """
-    path = name if os.path.isfile(name) else find_config(name)
-    if path:
-        return path
+    for named in (name, f"{name}.yaml"):
+        path = named if os.path.isfile(named) else find_config(named)
+        if path:
+            return path
     raise UserError(
         f"{key} is '{name}': no such file, neither here, nor among d2kd's configs "
         f"({CONFIG_DIRS[-1]}), nor in Detectron2's model zoo ({ZOO_DIRS[0]})"
@@ -51,11 +53,10 @@ def find_config(name: str) -> Optional[str]:
     return next(filter(os.path.isfile, paths), None)
 
 
-def zoo_weights(name: str, path: str) -> str:
+def zoo_weights(path: str) -> str:
     """Address of the model zoo's weights for a config.
 
     Args:
-        name: of the config, as the user wrote it.
         path: where :func:`resolve_config` found it.
 
     Returns:
@@ -64,7 +65,7 @@ def zoo_weights(name: str, path: str) -> str:
     if not path.startswith(ZOO_DIRS):
         return ""
     try:
-        return model_zoo.get_checkpoint_url(name)
+        return model_zoo.get_checkpoint_url(config_name(path))
     except RuntimeError:  # Detectron2's answer for a config without a trained model
         return ""
 
@@ -77,7 +78,7 @@ def zoo_teachers() -> List[str]:
     return sorted(
         name
         for name, path in names.items()
-        if not re.search("Panoptic|/rpn_|/fast_rcnn_", name) and zoo_weights(f"{name}.yaml", path)
+        if not re.search("Panoptic|/rpn_|/fast_rcnn_", name) and zoo_weights(path)
     )
 
 

@@ -1,6 +1,9 @@
-"""Where the weights of a config are looked for."""
+"""Where a config is looked for, and its weights."""
 
-from d2kd.model_zoo import trained_weights
+import pytest
+
+from d2kd.errors import UserError
+from d2kd.model_zoo import resolve_config, trained_weights, zoo_weights
 
 
 def make_run(name):
@@ -22,3 +25,15 @@ def test_any_other_config_has_those_of_its_usual_place(tmp_path, monkeypatch):
     make_run(tmp_path / "output/mine/student.yaml")
     assert trained_weights("configs/mine.yaml") == "output/mine/model_final.pth"
     assert trained_weights("configs/other.yaml") == ""
+
+
+def test_the_ending_of_a_name_may_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("shapes/frs/fcos_tiny", "COCO-Detection/retinanet_R_50_FPN_1x"):
+        path = resolve_config(name, "config")
+        assert path.endswith(f"{name}.yaml") and path == resolve_config(f"{name}.yaml", "config")
+    assert zoo_weights(path).endswith(".pkl")
+    (tmp_path / "mine.yaml").touch()
+    assert resolve_config("mine", "config") == "mine.yaml"
+    with pytest.raises(UserError, match="config is 'mines': no such file"):
+        resolve_config("mines", "config")

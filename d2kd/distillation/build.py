@@ -301,7 +301,7 @@ def build_teacher_detector(cfg: CfgNode) -> TeacherSource:
             "give the teacher's config file, or a name in Detectron2's model zoo"
         )
     path = resolve_config(node.CONFIG, "DISTILL.TEACHER.CONFIG")
-    weights = node.WEIGHTS or zoo_weights(node.CONFIG, path) or trained_weights(path)
+    weights = node.WEIGHTS or zoo_weights(path) or trained_weights(path)
     if is_python(path):
         return _lazy_teacher(path, node.OPTS, weights)
     teacher_cfg = get_cfg()

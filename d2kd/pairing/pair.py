@@ -16,7 +16,7 @@ from d2kd.distillation.build import TeacherSource, build_teacher_detector
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
-from d2kd.model_zoo import find_config, resolve_config
+from d2kd.model_zoo import config_name, find_config, resolve_config
 from d2kd.views import Family, build_family
 
 _MOST_NAMED = 3  # classes in a message
@@ -108,10 +108,9 @@ def open_pair(student: str, teacher: str, opts: Sequence[str] = ()) -> Pair:
 
 
 def _config_of(name: str, key: str) -> str:
-    """A config as another one names it: the name of a recipe, or an absolute path. The ending may
-    be left out."""
-    named = name if os.path.splitext(name)[1] in (".yaml", ".yml", ".py") else f"{name}.yaml"
-    path = resolve_config(named, key)
+    """A config as another one names it: the name of a recipe, or an absolute path."""
+    path = resolve_config(name, key)
+    named = config_name(path)
     return named if path == find_config(named) else os.path.abspath(path)
 
 

@@ -82,7 +82,7 @@ def test_classes_are_compared_as_far_as_they_are_known(a, b, same):
 @pytest.mark.parametrize(
     "student, teacher, message",
     [
-        ("nowhere", TINY.format("fcos"), "--student is 'nowhere.yaml': no such file"),
+        ("nowhere", TINY.format("fcos"), "--student is 'nowhere': no such file"),
         (TINY.format("fcos"), "nowhere.yaml", "--teacher is 'nowhere.yaml': no such file"),
         (TINY.format("fcos"), "nowhere.pth", "'nowhere.pth' is no run"),
     ],
