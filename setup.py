@@ -27,6 +27,7 @@ setup(
         # Not opencv-python: d2kd opens no window, and that package needs libGL, which servers lack.
         "opencv-python-headless",
         "pycocotools",
+        "scipy",
         "tensorboard",
         "timm",
         # Older versions read checkpoints by means that can be made to run what a file holds

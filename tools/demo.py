@@ -16,9 +16,10 @@ from detectron2.structures import BoxMode, Instances
 
 from d2kd.config import read_config
 from d2kd.distillation import build_detector
+from d2kd.evidence.cells import Cell, cell_of, parameters
 from d2kd.evidence.rows import row_of
 from d2kd.evidence.runs import Run, scalars, train_row
-from d2kd.evidence.tables import evaluate, fill, parameters, table
+from d2kd.evidence.tables import evaluate, fill, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -109,19 +110,19 @@ def _best(found: Instances, count: int) -> List[tuple]:
 def main() -> None:
     os.makedirs(OUTPUT, exist_ok=True)
     print("Training a small detector alone, and the same one with a teacher.", flush=True)
-    runs = {label: train_row(row_of(config), 1, OUTPUT, OPTS) for label, config in STUDENTS.items()}
-    teacher = Run("", evaluate(TEACHER, TEACHER_WEIGHTS), 0.0)
-
-    rows: Dict[str, List[Run]] = {"teacher": [teacher], **{k: [v] for k, v in runs.items()}}
-    configs = {"teacher": TEACHER, **STUDENTS}
-    sizes = {label: parameters(config) for label, config in configs.items()}
-    text = table(rows, sizes, baseline="plain student")
+    rows = {label: row_of(config) for label, config in STUDENTS.items()}
+    runs = {label: train_row(row, 1, OUTPUT, OPTS) for label, row in rows.items()}
+    cells = {label: [cell_of(label, rows[label], 1, run, OPTS)] for label, run in runs.items()}
+    results = evaluate(TEACHER, TEACHER_WEIGHTS)
+    teacher = Cell("teacher", TEACHER, [], 1, results, 0.0, parameters(TEACHER), {})
+    text = table({"teacher": [teacher], **cells}, baseline="plain student")
     with open(os.path.join(OUTPUT, "table.md"), "w") as f:
         f.write(text + "\n")
 
-    plot_curves(runs, teacher.results["AP"], os.path.join(OUTPUT, "curves.png"))
+    plot_curves(runs, results["AP"], os.path.join(OUTPUT, "curves.png"))
     weights = {k: os.path.join(run.folder, "model_final.pth") for k, run in runs.items()}
-    detectors = {k: (configs[k], w) for k, w in {"teacher": TEACHER_WEIGHTS, **weights}.items()}
+    students = {k: (STUDENTS[k], w) for k, w in weights.items()}
+    detectors = {"teacher": (TEACHER, TEACHER_WEIGHTS), **students}
     draw_detections(detectors, os.path.join(OUTPUT, "detections.jpg"))
     print(f"\n{text}\n\n{OUTPUT}/: table.md, curves.png, detections.jpg")
     print(f"The distilled student, a plain Detectron2 checkpoint: {weights['student with FRS']}")

@@ -1,4 +1,4 @@
-"""Training the rows of a comparison, each run in a process of its own."""
+"""Training the rows of a comparison, each run in a process of its own, several at once."""
 
 import contextlib
 import json
@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, List, NamedTuple, Sequence, TextIO
+from collections import deque
+from typing import Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+import torch
 from tqdm import tqdm
 
 from d2kd.checkpoint import written_whole
@@ -26,6 +28,7 @@ METRICS = ("AP", "AP50", "AP75")
 SUMMARY = "summary.json"
 _TRAIN = [sys.executable, "-m", "d2kd", "train"]
 _LAST_LINES = 30  # of a run that failed
+_POLL_SECONDS = 1.0
 
 
 class Run(NamedTuple):
@@ -53,81 +56,177 @@ def command(row: Row, seed: int, output: str, opts: Sequence[str] = ()) -> str:
 
 
 def train_row(row: Row, seed: int, output: str, opts: Sequence[str] = ()) -> Run:
-    """Trains a row in a process of its own, unless its folder holds the finished run; one that was
-    interrupted goes on.
+    """:func:`train_rows` of one row with one seed."""
+    return train_rows([(row, seed)], output, opts)[0]
+
+
+def train_rows(
+    tasks: Sequence[Tuple[Row, int]], output: str, opts: Sequence[str] = (), jobs: int = 1
+) -> List[Run]:
+    """Trains rows in processes of their own. Runs whose folder says that they are finished are not
+    repeated, interrupted ones go on. A bar shows the progress of all together and the time left.
 
     Args:
-        row: the row.
-        seed: ``SEED`` of the run.
-        output: folder for the runs; this one goes to ``<output>/<folder of the row>_seed<seed>``.
-        opts: overrides, KEY VALUE ...
+        tasks: rows, each with the ``SEED`` of the run.
+        output: folder for the runs; each goes to ``<output>/<folder of the row>_seed<seed>``.
+        opts: overrides of all of them, KEY VALUE ...
+        jobs: how many are trained at a time. They share the cores of the machine between them, and
+            take turns in its GPUs.
+
+    Returns:
+        the runs, in the order of the tasks.
 
     Raises:
-        UserError: if the folder holds a run with another config, or training fails.
+        UserError: if a folder holds a run with another config, before anything is trained; or if
+            training fails. Runs that have begun by then are brought to their end.
     """
-    opts = opts_of(row, seed, output, opts)
-    folder, label = _folder(row, seed, output), f"{row.label}, seed {seed}"
-    cfg = read_config(row.config, opts)
-    name, text = config_file(cfg)
-    saved = os.path.join(folder, name)
-    if os.path.isfile(saved):
-        with open(saved) as f:
-            if f.read() != text:
-                raise UserError(
-                    f"{folder} holds a run with another config: remove it, or give another --output"
-                )
-    summary = os.path.join(folder, SUMMARY)
-    if not os.path.isfile(summary):
-        seconds = _train(row.config, opts, label, folder, cfg.SOLVER.MAX_ITER)
-        results = {m: [*scalars(folder, f"bbox/{m}").values()][-1] for m in METRICS}
-        with written_whole(summary) as f:
-            json.dump({"seconds": seconds, "results": results}, f)
-    with open(summary) as f:
-        return Run(folder, **json.load(f))
+    trainings = [_Training(row, seed, output, opts) for row, seed in tasks]
+    waiting = deque(x for x in trainings if not x.is_finished())
+    if waiting:
+        _train_all(waiting, len(trainings), jobs)
+    return [x.run() for x in trainings]
 
 
-def _train(path: str, opts: Sequence[str], label: str, folder: str, max_iter: int) -> float:
-    words = [*_TRAIN, "--config-file", path, "--resume", *opts]
+def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
+    """Until all are trained, at most ``jobs`` at a time, or one fails."""
+    running: List[Optional[_Training]] = [None] * jobs
+    total = sum(x.steps_left() for x in waiting)
     bar_format = "{desc}: {percentage:3.0f}% |{bar}| {n}/{total} [{elapsed} < {remaining}]"
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
-        with tqdm(total=max_iter, desc=f"train {label}", bar_format=bar_format) as bar:
-            _wait(process, folder, bar)
-        if process.returncode:
-            raise UserError(f"training {label} failed: {_last_lines(output)}")
-    return time.perf_counter() - start
+    failed: Optional[UserError] = None
+    with tqdm(total=total, bar_format=bar_format) as bar:
+        while any(running) or (waiting and not failed):
+            for slot, training in enumerate(running):
+                if training is None and waiting and not failed:
+                    running[slot] = waiting.popleft()
+                    running[slot].start(_environment(slot, jobs))
+            now = [x for x in running if x is not None]
+            begun = of_all - len(waiting) - len(now) + 1
+            bar.set_description(f"run {begun} of {of_all}, {'; '.join(x.name for x in now)}")
+            _sleep(now)
+            bar.update(sum(x.new_steps() for x in now))
+            for slot, training in enumerate(running):
+                if training is not None and training.has_ended():
+                    running[slot] = None
+                    try:
+                        training.finish()
+                    except UserError as error:
+                        failed = failed or error
+    if failed:
+        raise failed
 
 
-def _wait(process: subprocess.Popen, folder: str, bar: tqdm) -> None:
-    """Until the process ends; meanwhile the bar follows the metrics that it writes."""
+def _sleep(running: "Sequence[_Training]") -> None:
+    """A moment, or until the first of some processes ends."""
     try:
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
-            bar.update(max(steps_done(folder) - bar.n, 0))
-    except KeyboardInterrupt:  # Ctrl-C is for the process, too: it saves what it has
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0].process.wait(timeout=_POLL_SECONDS)
+    except KeyboardInterrupt:  # Ctrl-C is for the processes, too: they save what they have
+        for training in running:
+            training.process.wait()
         raise
 
 
-def _last_lines(output: TextIO) -> str:
-    """Shows the end of what a process said, and returns its last line."""
-    output.seek(0)
-    *before, last = output.read().splitlines()[-_LAST_LINES:] or ["it said nothing"]
-    print("\n".join(before), file=sys.stderr)
-    return last[len("error: ") :] if last.startswith("error: ") else last
+def _environment(slot: int, jobs: int) -> Dict[str, str]:
+    """That of a process in one of several places: threads and GPUs are shared out."""
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
+        gpus = torch.cuda.device_count()
+        if gpus > 1:
+            visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+    return environment
+
+
+class _Training:
+    """A run of a row, before, while and after it is trained."""
+
+    process: subprocess.Popen
+
+    def __init__(self, row: Row, seed: int, output: str, opts: Sequence[str]):
+        """
+        Raises:
+            UserError: if the folder holds a run with another config.
+        """
+        self.name = f"{row.label}, seed {seed}"
+        self.folder = _folder(row, seed, output)
+        self._opts = opts_of(row, seed, output, opts)
+        cfg = read_config(row.config, self._opts)
+        self._config, self._max_iter = row.config, cfg.SOLVER.MAX_ITER
+        file, text = config_file(cfg)
+        saved = os.path.join(self.folder, file)
+        if os.path.isfile(saved):
+            with open(saved) as f:
+                if f.read() != text:
+                    raise UserError(
+                        f"{self.folder} holds a run with another config: remove it, or give "
+                        "another --output"
+                    )
+        self._done = steps_done(self.folder)
+
+    def is_finished(self) -> bool:
+        return os.path.isfile(os.path.join(self.folder, SUMMARY))
+
+    def steps_left(self) -> int:
+        return max(self._max_iter - self._done, 0)
+
+    def start(self, environment: Dict[str, str]) -> None:
+        words = [*_TRAIN, "--config-file", self._config, "--resume", *self._opts]
+        self._started = time.perf_counter()
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            words, stdout=self._said, stderr=subprocess.STDOUT, env=environment
+        )
+
+    def new_steps(self) -> int:
+        """Steps since it was asked last, by the metrics that the process writes."""
+        before, self._done = self._done, max(steps_done(self.folder), self._done)
+        return self._done - before
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def finish(self) -> None:
+        """Writes what came out.
+
+        Raises:
+            UserError: if training failed.
+        """
+        with self._said:
+            if self.process.returncode:
+                raise UserError(f"training {self.name} failed: {self._last_line()}")
+        seconds = time.perf_counter() - self._started
+        results = {m: [*scalars(self.folder, f"bbox/{m}").values()][-1] for m in METRICS}
+        with written_whole(os.path.join(self.folder, SUMMARY)) as f:
+            json.dump({"seconds": seconds, "results": results}, f)
+
+    def _last_line(self) -> str:
+        """Shows the end of what the process said, and returns its last line."""
+        self._said.seek(0)
+        *before, last = self._said.read().splitlines()[-_LAST_LINES:] or ["it said nothing"]
+        print("\n".join(before), file=sys.stderr)
+        return last[len("error: ") :] if last.startswith("error: ") else last
+
+    def run(self) -> Run:
+        with open(os.path.join(self.folder, SUMMARY)) as f:
+            return Run(self.folder, **json.load(f))
 
 
 def steps_done(folder: str) -> int:
     """Steps of training that a run's metrics tell of."""
-    path = os.path.join(folder, METRICS_JSON)
-    return max(scalars(folder, "iteration"), default=-1) + 1 if os.path.isfile(path) else 0
+    return max(scalars(folder, "iteration"), default=-1) + 1
 
 
 def scalars(folder: str, key: str) -> Dict[int, float]:
     """A scalar of a run by iteration, from its ``metrics.json``; a line that is being written does
     not count."""
-    with open(os.path.join(folder, METRICS_JSON)) as f:
-        rows = [json.loads(line) for line in f if line.endswith("\n")]
-    return {row["iteration"]: row[key] for row in rows if key in row}
+    return {row["iteration"]: row[key] for row in _lines(folder) if key in row}
+
+
+def _lines(folder: str) -> Iterator[Dict[str, float]]:
+    path = os.path.join(folder, METRICS_JSON)
+    if os.path.isfile(path):
+        with open(path) as f:
+            for line in f:
+                if line.endswith("\n"):
+                    yield json.loads(line)

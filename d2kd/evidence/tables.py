@@ -6,6 +6,7 @@ import os
 from typing import Dict, List, Sequence
 
 import numpy as np
+from scipy import stats
 from tabulate import tabulate
 from torch import nn
 
@@ -15,67 +16,95 @@ from d2kd.distillation import build_detector
 from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
 
+from .cells import Cell, by_label, cell_of, write_cells
+from .figures import draw_rows
 from .rows import Row, labels_of
-from .runs import METRICS, Run, train_row
+from .runs import METRICS, train_rows
+
+# What a comparison leaves in its folder, beside the runs
+TABLE, CELLS, FIGURE = "table.md", "cells.json", "figure.png"
+# Below that many pairs, no test of a gain says more than its spread
+MIN_PAIRS = 5
 
 
-def compare(rows: Sequence[Row], seeds: Sequence[int], output: str, opts: Sequence[str]) -> str:
-    """Trains rows and writes their table to ``<output>/table.md``.
+def compare(
+    rows: Sequence[Row], seeds: Sequence[int], output: str, opts: Sequence[str], jobs: int = 1
+) -> str:
+    """Trains rows and writes table, figure, and every run as data to the output folder.
 
     Args:
         rows: the first one is the baseline.
-        seeds: every row is trained with each.
+        seeds: every row is trained with each. All rows of a seed come before the next seed, so that
+            a comparison that is interrupted has whole pairs.
         output: folder for runs and table.
         opts: overrides, KEY VALUE ...
+        jobs: how many runs are trained at a time.
 
     Returns:
         the table, in Markdown.
 
     Raises:
-        UserError: see :func:`~d2kd.evidence.runs.train_row`.
+        UserError: see :func:`~d2kd.evidence.runs.train_rows`.
     """
-    labelled = dict(zip(labels_of(rows), rows))
-    runs = {
-        label: [train_row(row, seed, output, opts) for seed in seeds]
-        for label, row in labelled.items()
-    }
-    sizes = {label: parameters(row.config, [*row.opts, *opts]) for label, row in labelled.items()}
-    text = table(runs, sizes, baseline=next(iter(runs)))
-    with written_whole(os.path.join(output, "table.md")) as f:
+    labels = labels_of(rows)
+    tasks = [(label, row, seed) for seed in seeds for label, row in zip(labels, rows)]
+    runs = train_rows([(row, seed) for _, row, seed in tasks], output, opts, jobs)
+    cells = [cell_of(*task, run, opts) for task, run in zip(tasks, runs)]
+    write_cells(cells, os.path.join(output, CELLS))
+    text = table(by_label(cells), baseline=labels[0])
+    with written_whole(os.path.join(output, TABLE)) as f:
         f.write(text + "\n")
+    draw_rows(by_label(cells), labels[0], os.path.join(output, FIGURE))
     return text
 
 
-def table(rows: Dict[str, List[Run]], sizes: Dict[str, float], baseline: str) -> str:
+def table(rows: Dict[str, List[Cell]], baseline: str, costs: bool = True) -> str:
     """A Markdown table with one row per detector: mean and, over several seeds, standard deviation.
 
     Args:
-        rows: the runs of every row, by label.
-        sizes: millions of parameters of every row.
+        rows: the cells of every row, by label.
         baseline: label of the row that gains are counted from.
+        costs: add parameters and seconds.
     """
     body = []
-    for label, runs in rows.items():
-        cells = [spread([run.results[m] for run in runs]) for m in METRICS]
-        gains = [run.results["AP"] - b.results["AP"] for run, b in zip(runs, rows[baseline])]
-        cells.append(spread(gains, "+") if label != baseline and runs[0].seconds else "")
-        cells.append(f"{sizes[label]:.2f}")
-        cells.append(f"{np.mean([run.seconds for run in runs]):.0f}" if runs[0].seconds else "")
-        body.append([label, *cells])
-    headers = ["", *METRICS, f"gain over {baseline}", "parameters (M)", "seconds"]
+    for label, cells in rows.items():
+        columns = [spread([cell.results[m] for cell in cells]) for m in METRICS]
+        columns.append(gain(cells, rows[baseline]) if label != baseline else "")
+        if costs:
+            columns.append(f"{cells[0].parameters:.2f}")
+            seconds = np.mean([cell.seconds for cell in cells])
+            columns.append(f"{seconds:.0f}" if seconds else "")
+        body.append([label, *columns])
+    headers = ["", *METRICS, f"gain over {baseline}"]
+    headers += ["parameters (M)", "seconds"] if costs else []
     return tabulate(body, headers, tablefmt="github", disable_numparse=True)
+
+
+def gain(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
+    """Mean and deviation of what rows differ by at equal seeds. From five seeds on with the p value
+    of a paired t-test: the chance of a mean as far from 0 if there were no difference. "" for a
+    detector that was not trained, or has no seed in common.
+    """
+    values = gains(cells, baseline)
+    if not values:
+        return ""
+    text = spread(values, "+")
+    if len(values) < MIN_PAIRS:
+        return text
+    p = stats.ttest_1samp(values, 0).pvalue
+    return f"{text}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+
+
+def gains(cells: Sequence[Cell], baseline: Sequence[Cell]) -> List[float]:
+    """Differences of AP at equal seeds; none of cells that were not trained."""
+    plain = {cell.seed: cell.results["AP"] for cell in baseline}
+    return [c.results["AP"] - plain[c.seed] for c in cells if c.seconds and c.seed in plain]
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean, and the sample's standard deviation where there are several values."""
     mean = f"{np.mean(values):{sign}.1f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"
-
-
-def parameters(config_file: str, opts: Sequence = ()) -> float:
-    """Millions of parameters of the student that a config describes."""
-    student = build_detector(read_config(config_file, opts))
-    return sum(p.numel() for p in student.parameters()) / 1e6
 
 
 def fill(detector: nn.Module, weights: str) -> None:

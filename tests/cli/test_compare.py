@@ -9,8 +9,9 @@ from d2kd.cli.main import main
 from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.evidence import runs
+from d2kd.evidence.cells import Cell, by_label, read_cells, write_cells
 from d2kd.evidence.rows import folder_of, labels_of, read_rows, read_table
-from d2kd.evidence.runs import Run, steps_done, train_row
+from d2kd.evidence.runs import steps_done, train_row, train_rows
 from d2kd.evidence.tables import table
 
 RECIPE = "shapes/frs/fcos_tiny.yaml"
@@ -118,6 +119,15 @@ def test_finished_runs_are_not_repeated(compare, tmp_path, capsys):
     compare(text, "--seeds", "1", "2", "--output", "out")
     assert "| +10.0 ± 0.0 " in capsys.readouterr().out
     assert (tmp_path / "out/table.md").read_text().count("\n") == 4
+    assert (tmp_path / "out/figure.png").stat().st_size > 1000
+    cells = read_cells(str(tmp_path / "out/cells.json"))
+    assert [(c.label, c.seed, c.results["AP"]) for c in cells] == [
+        ("plain student", 1, 21.0),
+        ("FRS", 1, 31.0),
+        ("plain student", 2, 22.0),
+        ("FRS", 2, 32.0),
+    ]
+    assert cells[1].config == RECIPE and cells[1].seconds == 2.0 and 0.4 < cells[1].parameters < 0.5
     with pytest.raises(SystemExit):  # other settings, the same folder
         compare(text, "--output", "out", "SOLVER.MAX_ITER", "3")
     assert "holds a run with another config" in capsys.readouterr().err
@@ -132,16 +142,121 @@ def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, c
     assert "starting\n" in capsys.readouterr().err
 
 
+# Stands in for training. It waits for a second one that runs beside it, and notes how many there
+# are; with seed 7 it fails, and then others wait until that has been noticed.
+_WORKER = """
+import os, sys, time
+words = dict(zip(sys.argv[-4::2], sys.argv[-3::2]))
+folder, seed = words["OUTPUT_DIR"], words["SEED"]
+os.makedirs(folder)
+open(f"begun {seed}", "w").write(str(os.getpid()))
+
+def names(kind):
+    return [x for x in os.listdir() if x.startswith(kind)]
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return True
+    except OSError:
+        return False
+
+open(f"{folder}/beside", "w").write(str(len(names("begun")) - len(names("ended"))))
+while len(names("begun")) < 2:
+    time.sleep(0.01)
+if seed == "7":
+    sys.exit("error: seed 7 is unlucky")
+while os.path.exists("begun 7") and alive(int(open("begun 7").read() or 0)):
+    time.sleep(0.01)
+line = ", ".join(f'"bbox/{k}": {seed}.0' for k in ("AP", "AP50", "AP75"))
+open(f"{folder}/metrics.json", "w").write(f'{{{line}, "iteration": 749}}\\n')
+open(f"{folder}/threads", "w").write(str(os.environ.get("OMP_NUM_THREADS")))
+open(f"ended {seed}", "w")
+"""
+
+
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runs, "_TRAIN", [sys.executable, "-c", _WORKER])
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 4)
+    return tmp_path
+
+
+def test_runs_at_a_time_share_the_cores(worker):
+    row = read_rows(RECIPE)[0]
+    found = train_rows([(row, seed) for seed in (3, 1, 2)], "out", jobs=2)
+    assert [run.results["AP"] for run in found] == [3.0, 1.0, 2.0]
+    for run in found:
+        assert (worker / run.folder / "threads").read_text() == "2"
+        assert int((worker / run.folder / "beside").read_text()) <= 2
+
+
+def test_processes_take_turns_in_the_gpus(monkeypatch):
+    monkeypatch.setattr(runs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    devices = [runs._environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert devices == ["4", "6", "4"]
+    assert runs._environment(0, 1)["CUDA_VISIBLE_DEVICES"] == "4,6"  # one run: as it was
+
+
+def test_a_run_that_fails_ends_a_comparison_when_those_beside_it_are_done(worker, capsys):
+    row = read_rows(RECIPE)[0]
+    tasks = [(row, seed) for seed in (7, 1, 2)]
+    with pytest.raises(UserError, match="seed 7 failed: seed 7 is unlucky"):
+        train_rows(tasks, "out", jobs=2)
+    assert (worker / "ended 1").exists() and not (worker / "begun 2").exists()
+    (worker / "ended 1").unlink()
+    assert train_rows(tasks[1:2], "out")[0].results["AP"] == 1.0
+    assert not (worker / "ended 1").exists()  # the run was there, and is not repeated
+
+
 def test_a_line_that_is_being_written_does_not_count(tmp_path):
     assert steps_done(str(tmp_path)) == 0
     (tmp_path / "metrics.json").write_text('{"iteration": 19}\n{"iteration": 39}\n{"iter')
     assert steps_done(str(tmp_path)) == 40
 
 
+def cells_of(label, aps, seconds=1.0):
+    """A row's cells, of seeds 1, 2, ..."""
+    made_with = {"commit": "0123"}
+    return [
+        Cell(
+            label,
+            RECIPE,
+            [],
+            i + 1,
+            dict.fromkeys(("AP", "AP50", "AP75"), ap),
+            seconds,
+            1.0,
+            made_with,
+        )
+        for i, ap in enumerate(aps)
+    ]
+
+
 def test_gains_are_those_of_equal_seeds():
-    rows = {
-        name: [Run("", {"AP": ap, "AP50": ap, "AP75": ap}, 1.0) for ap in aps]
-        for name, aps in {"plain": (10.0, 20.0), "taught": (13.0, 23.0)}.items()
-    }
-    last = table(rows, {"plain": 1.0, "taught": 1.0}, "plain").splitlines()[-1]
+    rows = by_label([*cells_of("plain", (10.0, 20.0)), *cells_of("taught", (13.0, 23.0))[::-1]])
+    last = table(rows, "plain").splitlines()[-1]
     assert "| 18.0 ± 7.1 |" in last and "| +3.0 ± 0.0" in last
+
+
+def test_gains_are_tested_from_five_seeds_on():
+    plain, taught = (1.0, 2.0, 3.0, 4.0, 5.0), (2.0, 4.0, 4.0, 6.0, 6.0)
+    rows = by_label([*cells_of("plain", plain), *cells_of("taught", taught)])
+    # Differences 1 2 1 2 1: mean 1.4, deviation 0.5477, t = 5.715 with 4 degrees of freedom
+    assert "+1.4 ± 0.5, p = 0.005" in table(rows, "plain", costs=False)
+    rows = {label: cells[:4] for label, cells in rows.items()}
+    assert "p =" not in table(rows, "plain")
+
+
+def test_a_detector_that_was_not_trained_has_no_gain():
+    rows = {"plain": cells_of("plain", [1.0]), "teacher": cells_of("teacher", [9.0], seconds=0.0)}
+    assert "+" not in table(rows, "plain").splitlines()[-1]
+
+
+def test_cells_are_read_as_they_were_written(tmp_path):
+    cells = cells_of("plain", (10.0, 20.0))
+    write_cells(cells, str(tmp_path / "new" / "cells.json"))
+    assert read_cells(str(tmp_path / "new" / "cells.json")) == cells
