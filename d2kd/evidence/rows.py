@@ -48,7 +48,8 @@ def read_table(path: str) -> List[Row]:
 
     Its keys are ``BASE``, the recipe; ``ROWS``, which maps the label of a row to the full config
     keys that it changes and their values, ``{}`` for the recipe itself; and, optionally,
-    ``PLAIN``, the config of the student alone. Paths are relative to the file.
+    ``PLAIN``, the config of the student alone. A row may have a ``BASE`` of its own. Paths are
+    relative to the file.
 
     Args:
         path: of the file.
@@ -70,8 +71,10 @@ def read_table(path: str) -> List[Row]:
                 f"{path}: row '{label}' is {changes!r}: give a mapping from config keys to values, "
                 "{} for the recipe itself"
             )
+        own = _beside(path, changes, "BASE") if "BASE" in changes else base
+        changes = {key: value for key, value in changes.items() if key != "BASE"}
         opts = [word for key, value in changes.items() for word in (str(key), _word(value))]
-        rows.append(Row(str(label), base, opts))
+        rows.append(Row(str(label), own, opts))
     return rows
 
 

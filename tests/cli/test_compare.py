@@ -49,6 +49,17 @@ def test_rows_of_a_table(tmp_path):
     assert read_rows(RECIPE)[0][1:] == rows[3][1:]
 
 
+def test_a_row_may_have_a_base_of_its_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = (
+        f"BASE: {RECIPE}\nROWS: {{long: {{BASE: shapes/baselines/fcos_tiny, SOLVER.MAX_ITER: 9}}}}"
+    )
+    path.write_text(text)
+    (row,) = read_table(str(path))
+    assert row.config.endswith("configs/shapes/baselines/fcos_tiny.yaml")
+    assert row.opts == ["SOLVER.MAX_ITER", "9"]
+
+
 def test_commands_of_a_table(compare, capsys):
     compare(TABLE, "--commands", "--seeds", "1", "2", "SOLVER.MAX_ITER", "10")
     lines = capsys.readouterr().out.splitlines()
