@@ -53,8 +53,8 @@ def count(student: StudentView, teacher: TeacherView) -> Counts:
 
 
 def disagreement(cfg: CfgNode, batches: int) -> Counts:
-    """Over the first batches of training. The student is as initialised: what its anchors learn does
-    not depend on its predictions.
+    """Over the first batches of training. The student is as initialised: what its anchors learn
+    does not depend on its predictions.
 
     Raises:
         UserError: if the recipe is not of prediction mimicking.
