@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("config", help="a recipe of Mimicking")
     parser.add_argument("--batches", type=int, default=50, help="how many; default: 50")
     parser.add_argument("opts", nargs="*", help="KEY VALUE ...")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         found = disagreement(read_config(args.config, args.opts), args.batches)
     except UserError as error:
