@@ -91,7 +91,7 @@ def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
     """Until all are trained, at most ``jobs`` at a time, or one fails."""
     running: List[Optional[_Training]] = [None] * jobs
     total = sum(x.steps_left() for x in waiting)
-    bar_format = "{desc}: {percentage:3.0f}% |{bar}| {n}/{total} [{elapsed} < {remaining}]"
+    bar_format = "{desc}{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed} < {remaining}]"
     failed: Optional[UserError] = None
     with tqdm(total=total, bar_format=bar_format) as bar:
         while any(running) or (waiting and not failed):
