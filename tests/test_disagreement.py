@@ -32,8 +32,20 @@ def test_counts_of_a_batch(tool):
         family=SimpleNamespace(dense_head=head), predictions=SimpleNamespace(logits=logits)
     )
     found = tool.count(student, teacher)
-    assert found == (1, 2, 1) and found.share == 0.5  # the ignored anchor does not count
-    assert tool.Counts(0, 0, 0).share == 0
+    assert found[:3] == (1, 2, 1) and found.share == 0.5  # the ignored anchor does not count
+    empty = tool.Counts(0, 0, 0, 0)
+    assert empty.share == empty.share_of_other_classes == 0
+
+
+@pytest.mark.parametrize("logits, others", [((3.0, 2.0), 0), ((2.0, 3.0), 1), ((-9.0, -8.0), 1)])
+def test_other_classes_are_told_by_the_highest_score(tool, logits, others):
+    labels = torch.tensor([[0]])
+    head = SimpleNamespace(num_anchors=1, num_classes=2)
+    student = SimpleNamespace(assignment=SimpleNamespace(labels=labels, valid=labels >= 0))
+    predictions = SimpleNamespace(logits=[torch.tensor(logits).view(1, 2, 1, 1)])
+    teacher = SimpleNamespace(family=SimpleNamespace(dense_head=head), predictions=predictions)
+    found = tool.count(student, teacher)
+    assert found.other_class == others and found.share_of_other_classes == others
 
 
 def test_another_method_is_refused_in_one_line(tool, monkeypatch, capsys):

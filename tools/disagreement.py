@@ -4,9 +4,11 @@
     python tools/disagreement.py shapes/mimicking/retinanet_tiny.yaml --batches 50 \\
         DISTILL.TEACHER.WEIGHTS output/shapes/baselines/retinanet_tiny_teacher/model_0000449.pth
 
-Of all pairs of an anchor and a class that either calls an object - the student's own assignment, or
-the teacher with a score of at least 0.5 - the share that only one of them does. On images of the
-training set; ignored anchors do not count.
+Two shares, on images of the training set; ignored anchors do not count:
+
+- of the anchors that learn an object, those for which the teacher scores another class highest;
+- of all pairs of an anchor and a class that either calls an object - the student's own assignment,
+  or the teacher with a score of at least 0.5 - those that only one of them does.
 """
 
 import argparse
@@ -28,17 +30,23 @@ SCORE = 0.5
 
 
 class Counts(NamedTuple):
-    """Numbers of (anchor, class) pairs that are an object."""
+    """Numbers of anchors, or of pairs of an anchor and a class, that are an object."""
 
     truth: int  # to the ground truth
-    teacher: int
+    teacher: int  # to the teacher, by its score
     both: int
+    other_class: int  # to the ground truth, where the teacher scores another class highest
 
     @property
     def share(self) -> float:
         """Of what either calls an object, that only one does; 0 if there is nothing."""
         either = self.truth + self.teacher - self.both
         return 1 - self.both / either if either else 0.0
+
+    @property
+    def share_of_other_classes(self) -> float:
+        """Of the objects of the ground truth; 0 if there is none."""
+        return self.other_class / self.truth if self.truth else 0.0
 
 
 def count(student: StudentView, teacher: TeacherView) -> Counts:
@@ -49,7 +57,8 @@ def count(student: StudentView, teacher: TeacherView) -> Counts:
     thought = (as_float(logits).sigmoid() >= SCORE) & valid  # (N, R, K)
     labels = anchors.labels.clamp(min=0)
     told = F.one_hot(labels, head.num_classes + 1)[..., :-1].bool() & valid
-    return Counts(*(int(x.sum()) for x in (told, thought, told & thought)))
+    others = told.any(dim=2) & (logits.argmax(dim=2) != labels)
+    return Counts(*(int(x.sum()) for x in (told, thought, told & thought, others)))
 
 
 def disagreement(cfg: CfgNode, batches: int) -> Counts:
@@ -86,8 +95,11 @@ def main() -> None:
         found = disagreement(read_config(args.config, args.opts), args.batches)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
-    print(f"objects to the ground truth {found.truth}, to the teacher {found.teacher}, ", end="")
-    print(f"to both {found.both}: they disagree on {found.share:.0%}")
+    print(
+        f"{found.truth} anchors with an object: the teacher scores another class highest on "
+        f"{found.share_of_other_classes:.0%}\n{found.truth + found.teacher - found.both} pairs of "
+        f"anchor and class that either calls an object: one alone does on {found.share:.0%}"
+    )
 
 
 if __name__ == "__main__":
