@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import d2kd
 
 OURS, DETECTRON2 = (os.path.dirname(m.__file__) + os.sep for m in (d2kd, detectron2))
+# Runs on a CPU alone
+ON_A_CPU = f"{OURS}layers{os.sep}roi_align.py"
 
 aten = torch.ops.aten
 # Their result is a number of the host's, or as long as the values of their input say
@@ -37,11 +39,12 @@ _COPIES = ("tolist", "cpu", "numpy")
 
 
 def _blamed() -> str:
-    """The innermost line of d2kd that is running; "" if Detectron2 runs on its behalf."""
+    """The innermost line of d2kd that is running; "" if Detectron2 runs on its behalf, or if the
+    line never runs on a GPU."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(DETECTRON2):
+        if path.startswith(DETECTRON2) or path == ON_A_CPU:
             return ""
         if path.startswith(OURS):
             return f"d2kd/{path[len(OURS) :]}:{frame.f_lineno}"

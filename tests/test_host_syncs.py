@@ -1,8 +1,10 @@
 """The counter of host syncs finds what it is there for."""
 
+import os
+
 import pytest
 import torch
-from host_syncs import DETECTRON2, OURS, HostSyncs
+from host_syncs import DETECTRON2, ON_A_CPU, OURS, HostSyncs
 from torch import nn
 
 x = torch.arange(6.0)
@@ -48,6 +50,10 @@ def test_what_does_not_wait_is_not(code):
 def test_detectron2s_own_are_not_ours():
     code = "__import__('detectron2.layers').layers.nonzero_tuple(x > 2)"
     assert not count(code, OURS + "methods/a.py")
+
+
+def test_what_runs_on_a_cpu_alone_is_left_out():
+    assert os.path.exists(ON_A_CPU) and not count("x.tolist()", ON_A_CPU)
 
 
 def test_a_module_that_is_left_out_is_not_counted():

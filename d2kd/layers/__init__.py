@@ -8,11 +8,13 @@ from .frozen import FrozenLayers
 from .masks import object_masks, valid_cells
 from .precision import as_float, as_target
 from .random import RandomStream
+from .roi_align import SparseAlign
 from .statistics import channel_statistics, transfer_statistics
 
 __all__ = [
     "FrozenLayers",
     "RandomStream",
+    "SparseAlign",
     "as_float",
     "as_target",
     "centerness_targets",

@@ -181,10 +181,19 @@ def test_one_level_of_the_teacher_is_the_target_itself(tmp_path):
     sgfi, student, teacher = imitation_and_views(model)
     regions = regions_of(BOXES)
     many, one = sgfi.sides(student, teacher, regions)
-    pooled = sgfi.pool_levels(many, regions.rois)
-    sgfi.pool_levels = lambda *_: pooled[:1].expand_as(pooled)
+    pooled = sgfi.level_pooler(many)(regions.rois)
+    sgfi.level_pooler = lambda _: lambda _: pooled[:1].expand_as(pooled)
     loss, _ = sgfi(student, teacher, regions)
     assert loss.item() == pytest.approx((one - pooled[0]).square().mean().item(), rel=1e-5)
+
+
+@every_student
+def test_levels_are_pooled_alike_on_every_device(tmp_path, name):
+    """A GPU pools one by one, a CPU all at once."""
+    sgfi, student, _ = imitation_and_views(model_of(tmp_path, name, CKD_OFF))
+    rois = regions_of(torch.cat([BOXES, EDGES[:4]])).rois
+    one_by_one = sgfi.pool_levels(student, rois)
+    torch.testing.assert_close(sgfi.level_pooler(student)(rois), one_by_one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("opts, levels", [([], range(3, 8)), (TEACHER_LEVELS, range(2, 7))])
@@ -194,7 +203,7 @@ def test_diagnostics_are_shares_of_the_levels_that_are_weighted(tmp_path, opts, 
     _, diagnostics = sgfi(student, teacher, regions_of(BOXES))
     numbers = diagnostics()
     many, one = sgfi.sides(student, teacher, regions_of(BOXES))
-    weights = sgfi.weights(sgfi.pool_levels(many, regions_of(BOXES).rois), one)
+    weights = sgfi.weights(sgfi.level_pooler(many)(regions_of(BOXES).rois), one)
     names = [f"gdetkd_sgfi/p{k}" for k in levels]
     assert numbers.keys() == {*names, "gdetkd_sgfi/entropy", "gdetkd_sgfi/temperature"}
     assert [numbers[x].item() for x in names] == pytest.approx(weights.mean(dim=1).tolist())

@@ -7,7 +7,8 @@ region, d numbers per key.
 """
 
 import math
-from typing import Dict, List, Sequence, Tuple
+from functools import partial
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.layers import ROIAlign
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from d2kd.layers import as_float, object_masks
+from d2kd.layers import SparseAlign, as_float, object_masks
 from d2kd.methods.core import Diagnostics
 from d2kd.views import (
     Features,
@@ -36,6 +37,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e2
 _POOLED = Regions(pooled=True)
 # Regions that are pooled from all levels at once
 _CHUNK = 128
+# (R, 5), boxes after the number of their image -> (L, R, channels, r, r)
+LevelPooler = Callable[[Tensor], Tensor]
 
 
 def match_levels(student_keys: Tensor, teacher_keys: Tensor, temperature) -> Tensor:
@@ -151,9 +154,10 @@ class SoftImitation(_RegionImitation):
         """
         self.clamp_temperature()
         many, one = self.sides(student, teacher, regions)
+        pool = self.level_pooler(many)
         # The backward pass pools again: all levels of all regions are never there at once.
         parts = [
-            checkpoint(self.compare, many, *part, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(self.compare, pool, *part, use_reentrant=False, preserve_rng_state=False)
             for part in zip(regions.rois.split(_CHUNK), one.split(_CHUNK))
         ]
         errors, weights = (torch.cat(x, dim=-1) for x in zip(*parts))
@@ -171,10 +175,17 @@ class SoftImitation(_RegionImitation):
         """Whose levels are weighted, and what the other side pools: (R, C, r, r)."""
         return student, as_float(teacher.regions(regions, _POOLED).pooled)
 
-    def compare(self, many: View, rois: Tensor, one: Tensor) -> Tuple[Tensor, Tensor]:
+    def level_pooler(self, view: View) -> LevelPooler:
+        """Pools as :meth:`pool_levels` does, in the way that is fast on the view's device."""
+        maps = [view.features[level.name] for level in self.matched]
+        if maps[0].device.type == "cpu":
+            return SparseAlign(maps, [level.stride for level in self.matched], self.resolution)
+        return partial(self.pool_levels, view)
+
+    def compare(self, pool: LevelPooler, rois: Tensor, one: Tensor) -> Tuple[Tensor, Tensor]:
         """
         Args:
-            many: whose levels are weighted.
+            pool: what :meth:`level_pooler` gives.
             rois: (R, 5), some of the regions.
             one: (R, C, r, r) of the other side.
 
@@ -182,7 +193,7 @@ class SoftImitation(_RegionImitation):
             the mean squared difference between it and the weighted sum of levels, (R,); and the
             weights (L, R), without gradient.
         """
-        pooled = self.pool_levels(many, rois)
+        pooled = pool(rois)
         weights = self.weights(pooled, one)
         with torch.autocast(pooled.device.type, enabled=False):
             merged = torch.einsum("lr,lrcyx->rcyx", weights, pooled)
