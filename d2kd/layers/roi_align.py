@@ -1,10 +1,10 @@
 """RoIAlign on a CPU, of the same boxes from several maps, as one product with a sparse matrix: its
 rows are bins, its columns the pixels of all maps.
 
-torchvision's operation adds up number by number there, on one core. For 1 024 regions on five levels
-of 256 channels, of two images of 512² and 128 at a time, it takes 0.6 s, and 3.1 s for the gradient,
-if regions are small, where this takes 0.2 and 0.3 s; 4.2 and 16 s if they are large, where this takes
-0.6 and 0.8 s. A GPU would be waited for here, and has a fast operation of its own.
+torchvision's operation adds up number by number there, on one core. For 1 024 regions on five
+levels of 256 channels, of two images of 512² and 128 regions at a time, it takes 0.6 s and its
+gradient 3.1 s if regions are small, 4.2 and 16 s if they are large; this takes 0.2 and 0.3 s, 0.6
+and 0.8 s. A GPU would be waited for here, and has a fast operation of its own.
 
 Shapes: N images, L maps, (H, W) pixels of a map, P pixels of all maps, R regions, (r, r) bins of a
 region, S samples along an axis of a bin, K pairs of a bin and a pixel.
@@ -55,7 +55,8 @@ class SparseAlign:
     def _matrix(self, rois: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Pixels of every bin of every map, (K,), and their weights, (K,), bin after bin; and how
         many each bin has, (L R r r,)."""
-        rois = as_float(rois.to(self.dtype))  # as Detectron2 rounds them
+        # Rounded as Detectron2 does; what is no number, and would be no index, covers nothing
+        rois = as_float(rois.to(self.dtype)).nan_to_num(0, 0, 0)
         area = sum(h * w for h, w in self.sizes)
         first = rois[:, 0].long() * area
         parts = []
@@ -89,7 +90,7 @@ def _line(low: Tensor, high: Tensor, bins: int, size: int) -> _Line:
     weights.scatter_add_(2, before, (before + 1 - at) * share)
     weights.scatter_add_(2, before + 1, (at - before) * share)
     found = weights.nonzero(as_tuple=True)
-    return _Line(found[-1], weights[found], (weights > 0).sum(dim=2))
+    return _Line(found[-1], weights[found], (weights != 0).sum(dim=2))
 
 
 def _outer_product(rows: _Line, columns: _Line, first: Tensor, width: int) -> Tuple[Tensor, ...]:

@@ -96,6 +96,13 @@ def test_boxes_with_one_side_below_zero_are_zeros():
     ).any()
 
 
+def test_boxes_of_no_numbers_are_zeros():
+    """A run that diverges ends where its loss is looked at, not here."""
+    nan, infinite = float("nan"), float("inf")
+    boxes = [[nan] * 4, [-infinite, 3, infinite, 9], [infinite] * 4]
+    assert not SparseAlign(maps_of(), STRIDES, (7, 7))(rois_of(boxes)).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_added_up_in_float32(dtype):
     """Boxes are rounded as Detectron2 does it for maps in half precision, pooled values are not."""
