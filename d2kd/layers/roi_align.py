@@ -3,8 +3,8 @@ rows are bins, its columns the pixels of all maps.
 
 torchvision's operation adds up number by number there, on one core. For 1 024 regions on five
 levels of 256 channels, of two images of 512² and 128 regions at a time, it takes 0.6 s and its
-gradient 3.1 s if regions are small, 4.2 and 16 s if they are large; this takes 0.2 and 0.3 s, 0.6
-and 0.8 s. A GPU would be waited for here, and has a fast operation of its own.
+gradient 3.1 s if regions are small, 4.2 and 16 s if they are large; this takes 0.2 and 0.5 s, 0.6
+and 0.9 s. A GPU would be waited for here, and has a fast operation of its own.
 
 Shapes: N images, L maps, (H, W) pixels of a map, P pixels of all maps, R regions, (r, r) bins of a
 region, S samples along an axis of a bin, K pairs of a bin and a pixel.
