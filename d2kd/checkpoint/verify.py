@@ -31,6 +31,7 @@ def verify(
     source: str,
     input_format: Optional[str] = None,
     class_names: Sequence[str] = (),
+    compared_by: Optional[Sequence[str]] = None,
 ) -> str:
     """
     Args:
@@ -40,6 +41,8 @@ def verify(
         source: config key and file, for the message.
         input_format: ``INPUT.FORMAT`` of the detector's config.
         class_names: of the data, in order, if known.
+        compared_by: of a teacher, the config keys of the losses that compare its classes with the
+            student's; if there are none, it may have others.
 
     Returns:
         for the pair report: "verified", or "unverified", and what.
@@ -50,18 +53,47 @@ def verify(
     wanted = file_settings(meta)
     found = detector_settings(detector, input_format, class_names) if wanted else {}
     both = [name for name in wanted if name in found]
-    different = [name for name in both if not _same(wanted[name], found[name])]
+    different = {
+        name: _difference(name, wanted[name], found[name])
+        for name in both
+        if not _same(wanted[name], found[name])
+    }
+    others = ""
+    if names.CLASSES in different and compared_by is not None and not compared_by:
+        both.remove(names.CLASSES)
+        others = different.pop(names.CLASSES)
     if different:
-        listed = "; ".join(_difference(name, wanted[name], found[name]) for name in different)
+        advice = _advice(compared_by) if names.CLASSES in different and compared_by else ""
         raise UserError(
-            f"{source}: the file was trained with other settings than the detector has: {listed}"
+            f"{source}: the file was trained with other settings than the detector has: "
+            f"{'; '.join(different.values())}{advice}"
         )
-    verified = [word for word, its in _WORDS.items() if any(name in both for name in its)]
-    if not verified:
-        return "unverified: the file does not say what it was trained with"
+    return _verdict(both, others)
+
+
+def _advice(compared_by: Sequence[str]) -> str:
+    return (
+        f"; they have to be the same for {', '.join(compared_by)}: take a teacher of the data's "
+        "classes in their order, fine-tune it on the data (d2kd train --finetune-teacher), or set "
+        "that to 0"
+    )
+
+
+def _verdict(compared: Sequence[str], other_classes: str) -> str:
+    """
+    Args:
+        compared: the settings that were compared, and are the same.
+        other_classes: what differs in the classes, if that does not matter.
+    """
+    verified = [word for word, its in _WORDS.items() if any(name in compared for name in its)]
     unverified = [word for word in ("pixels", "classes") if word not in verified]
-    ending = f"; unverified: {', '.join(unverified)}" if unverified else ""
-    return f"verified: {', '.join(verified)}{ending}"
+    parts = {"verified": verified, "unverified": unverified}
+    if other_classes:
+        unverified.remove("classes")
+        parts["other classes, which no loss compares"] = [other_classes]
+    elif not verified:
+        return "unverified: the file does not say what it was trained with"
+    return "; ".join(f"{part}: {', '.join(words)}" for part, words in parts.items() if words)
 
 
 def detector_settings(

@@ -150,6 +150,7 @@ def load_trained_weights(
     config: str,
     input_format: Optional[str] = None,
     class_names: Sequence[str] = (),
+    compared_by: Optional[Sequence[str]] = None,
 ) -> str:
     """Fills a detector that is not to be trained further, and says what it was filled with.
 
@@ -159,7 +160,7 @@ def load_trained_weights(
         key: the config key that gave the path, for messages.
         config: what describes the detector, for messages.
         input_format: ``INPUT.FORMAT`` of the detector's config.
-        class_names: of the data, in order, if known.
+        class_names, compared_by: see :func:`~d2kd.checkpoint.verify.verify`.
 
     Returns:
         for the pair report: after how many steps and when a file of this machine was written, and
@@ -182,7 +183,7 @@ def load_trained_weights(
     refuse_not_finite(detector, key, path)
     source = f"{key} is '{path}', read into the detector of {config}"
     meta = checkpointer.meta or {"CLASSES": checkpointer.classes}
-    verdict = verify(meta, detector, source, input_format, class_names)
+    verdict = verify(meta, detector, source, input_format, class_names, compared_by)
     return ", ".join([*_origin(path, checkpointer.iteration), verdict])
 
 
@@ -198,12 +199,12 @@ def load_teacher_weights(
     path: str,
     input_format: Optional[str] = None,
     class_names: Sequence[str] = (),
+    compared_by: Optional[Sequence[str]] = None,
 ) -> str:
     """:func:`load_trained_weights` of ``DISTILL.TEACHER``."""
     config = "DISTILL.TEACHER.CONFIG with DISTILL.TEACHER.OPTS"
-    text = load_trained_weights(
-        teacher, path, "DISTILL.TEACHER.WEIGHTS", config, input_format, class_names
-    )
+    key = "DISTILL.TEACHER.WEIGHTS"
+    text = load_trained_weights(teacher, path, key, config, input_format, class_names, compared_by)
     count = sum(p.numel() for p in teacher.parameters())
     logger.info(f"Teacher: all {count:,} parameters from {path} (checksum {checksum(teacher)})")
     return text

@@ -3,7 +3,7 @@
 import logging
 import os
 import traceback
-from typing import Callable, Dict, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg, instantiate
@@ -167,7 +167,7 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
     with torch.random.fork_rng(devices):
         source = build_teacher_detector(cfg)
         reads = declared_reads(cfg, family, build_family(source.detector))
-        teacher = fill_teacher(cfg, source, student)
+        teacher = _fill_teacher(cfg, source, student, reads)
         distillers = {
             name: method(_node(cfg, name), family, teacher.family)
             for name, method in distilled_methods(cfg).items()
@@ -224,6 +224,19 @@ def declared_reads(cfg: CfgNode, student: Family, teacher: Family) -> Dict[Tuple
     return declared
 
 
+def weights_on_classes(reads: Mapping[Tuple[str, str], Reads]) -> List[str]:
+    """The config keys of the losses that make sense only if the teacher has the student's classes.
+
+    Args:
+        reads: of every (method, term).
+    """
+    return [
+        f"{DISTILLER_REGISTRY.get(name).node_name()}.{term.upper()}.WEIGHT"
+        for (name, term), asked in reads.items()
+        if asked.compares_classes
+    ]
+
+
 def _check_reads(
     method: type, node: CfgNode, term: str, reads: Reads, student: Family, teacher: Family
 ) -> None:
@@ -267,17 +280,28 @@ def build_teacher(cfg: CfgNode, student: nn.Module) -> Teacher:
         student: the student.
 
     Raises:
-        UserError: if the config or the weights cannot be had, or do not fill every parameter.
+        UserError: if the config or the weights cannot be had, do not fill every parameter, or do
+            not fit what is distilled.
     """
-    return fill_teacher(cfg, build_teacher_detector(cfg), student)
+    source = build_teacher_detector(cfg)
+    reads = declared_reads(cfg, build_family(student), build_family(source.detector))
+    return _fill_teacher(cfg, source, student, reads)
 
 
-def fill_teacher(cfg: CfgNode, source: TeacherSource, student: nn.Module) -> Teacher:
+def _fill_teacher(
+    cfg: CfgNode,
+    source: TeacherSource,
+    student: nn.Module,
+    reads: Mapping[Tuple[str, str], Reads],
+) -> Teacher:
     """Reads the weights of a teacher, and puts it beside the student."""
-    # A teacher of other classes can still teach features: who reads its predictions refuses it.
-    counts = (build_family(detector).num_classes for detector in (source.detector, student))
-    names = class_names_of(cfg.DATASETS.TRAIN) if len(set(counts)) == 1 else ()
-    verdict = load_teacher_weights(source.detector, source.weights, source.input_format, names)
+    verdict = load_teacher_weights(
+        source.detector,
+        source.weights,
+        source.input_format,
+        class_names_of(cfg.DATASETS.TRAIN),
+        weights_on_classes(reads),
+    )
     return Teacher(
         source.detector.to(student.device),
         input_format=source.input_format,

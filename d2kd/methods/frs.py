@@ -150,7 +150,9 @@ class FRS(Distiller):
     @classmethod
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
         reads = {
-            "feature": Reads(student=(Features(),), teacher=(Features(), Dense())),
+            "feature": Reads(
+                student=(Features(),), teacher=(Features(), Dense()), any_classes=True
+            ),
             "cls": Reads(student=(Dense(),), teacher=(Dense(),)),
         }
         return {term: reads[term] for term in cls.enabled_terms(node)}

@@ -5,7 +5,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 from detectron2.config import CfgNode
 
 from d2kd.config import check_config
-from d2kd.distillation.build import declared_reads
+from d2kd.distillation.build import declared_reads, weights_on_classes
 from d2kd.errors import UserError, nearest
 from d2kd.methods import DISTILLER_REGISTRY
 
@@ -17,14 +17,12 @@ class Preference(NamedTuple):
 
     Attributes:
         kind: what both detectors are, "two-stage" or "dense"; "" for any two.
-        predictions: whether it compares predictions, for which the classes have to be the same.
         published: only for students that its authors give values for.
         reason: in a few words, for people.
     """
 
     method: str
     kind: str
-    predictions: bool
     published: bool
     reason: str
 
@@ -35,7 +33,6 @@ PREFERENCES = (
         "DeFeat",
         "two-stage",
         False,
-        False,
         "two two-stage detectors: its published results are above those of FRS, and it costs "
         "little beside the teacher's forward",
     ),
@@ -43,14 +40,12 @@ PREFERENCES = (
         "FRS",
         "dense",
         True,
-        True,
         "heads of one kind and the same classes: published results within 0.2 AP of the best "
         "method's, next to no cost beside the teacher's forward",
     ),
     Preference(
         "CrossKD",
         "dense",
-        True,
         False,
         "heads of one kind and the same classes: the highest published results for this student",
     ),
@@ -58,12 +53,9 @@ PREFERENCES = (
         "PKD",
         "",
         False,
-        False,
         "it compares features alone, whatever their scale, so heads and classes may differ",
     ),
-    Preference(
-        "HGD", "", False, False, "there are backbone stages to compare, but no common FPN levels"
-    ),
+    Preference("HGD", "", False, "there are backbone stages to compare, but no common FPN levels"),
 )
 
 
@@ -119,18 +111,22 @@ def problem_of(cfg: CfgNode, methods: Sequence[str], pair: Pair) -> Optional[str
     cfg.DISTILL.METHODS = list(methods)
     try:
         check_config(cfg)
-        declared_reads(cfg, pair.student_family, pair.teacher_family)
+        reads = declared_reads(cfg, pair.student_family, pair.teacher_family)
     except UserError as error:
         return str(error)
+    keys = weights_on_classes(reads)
+    if keys and not pair.same_classes:
+        return (
+            f"the student has {pair.student_classes}, the teacher {pair.teacher_classes}: they "
+            f"have to be the same for {', '.join(keys)}"
+        )
     return None
 
 
 def _comes_into_question(preference: Preference, pair: Pair) -> bool:
     published = DISTILLER_REGISTRY.get(preference.method).defaults_of
-    return (
-        preference.kind in ("", pair.kind)
-        and (pair.same_classes or not preference.predictions)
-        and (not preference.published or pair.cfg.MODEL.META_ARCHITECTURE in published)
+    return preference.kind in ("", pair.kind) and (
+        not preference.published or pair.cfg.MODEL.META_ARCHITECTURE in published
     )
 
 

@@ -130,11 +130,22 @@ class Reads:
         student, teacher: of each.
         knob: the method's config key, below its node, that decides what is read; messages about a
             detector that cannot give it blame this key. Empty = the term's ``WEIGHT``.
+        any_classes: the term makes sense with a teacher of other classes, although it reads
+            predictions of the teacher.
     """
 
     student: Tuple[Read, ...] = ()
     teacher: Tuple[Read, ...] = ()
     knob: str = ""
+    any_classes: bool = False
+
+    @property
+    def compares_classes(self) -> bool:
+        """Whether the term makes sense only if class i is the same one in student and teacher."""
+        return not self.any_classes and any(
+            isinstance(read, Dense) or (isinstance(read, Regions) and read.predictions)
+            for read in self.teacher
+        )
 
 
 class CannotRead(Exception):

@@ -206,9 +206,42 @@ def test_the_classes_of_a_teacher_are_compared_by_name(tmp_path, toy_dataset, ca
         build_model(swapped)
 
 
-def test_a_teacher_of_other_classes_teaches_features(tmp_path, toy_dataset):
-    opts = ["DATASETS.TRAIN", toy_dataset[:1]]
-    two = ["MODEL.FCOS.NUM_CLASSES", 2]
-    cfg = distill_config(tmp_path, "FCOS", opts, teacher_opts=two, methods=["PKD"])
-    model = build_model(saved_teacher(tmp_path, ("cat", "dog"), cfg))
-    assert model.teacher.family.num_classes == 2
+FEATURES_OF_FRS = ["DISTILL.FRS.CLS.WEIGHT", 0.0]
+
+
+@pytest.mark.parametrize("method, opts", [("PKD", []), ("FRS", FEATURES_OF_FRS)])
+@pytest.mark.parametrize(
+    "classes, said",
+    [
+        (("cat", "dog"), "the data have 6 classes, the file 2"),
+        (SHAPES[::-1], "class 0 is 'circle' in the data, 'cross' in the file"),
+    ],
+)
+def test_a_teacher_of_other_classes_teaches_features(
+    tmp_path, toy_dataset, caplog, method, opts, classes, said
+):
+    opts = ["DATASETS.TRAIN", toy_dataset[:1], *opts]
+    count = ["MODEL.FCOS.NUM_CLASSES", len(classes)]
+    cfg = distill_config(tmp_path, "FCOS", opts, teacher_opts=count, methods=[method])
+    with caplog.at_level("INFO"):
+        model = build_model(saved_teacher(tmp_path, classes, cfg))
+    assert model.teacher.family.num_classes == len(classes)
+    assert f"other classes, which no loss compares: {said}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "student, method, term",
+    [
+        ("FCOS", "FRS", "CLS"),
+        ("FCOS", "CrossKD", "BBOX"),
+        ("FCOS", "Mimicking", "CLS"),
+        ("FasterRCNN", "GDetKD", "CLS"),
+        ("FasterRCNN", "DeFeat", "HEAD_OBJECT"),
+    ],
+)
+def test_what_compares_classes_is_named(tmp_path, toy_dataset, student, method, term):
+    key = f"DISTILL.{method.upper()}.{term}.WEIGHT"
+    opts = ["DATASETS.TRAIN", toy_dataset[:1], "DISTILL.CROSSKD.DEPTH", 1, key, 1.0]
+    cfg = distill_config(tmp_path, student, opts, methods=["PKD", method])
+    with pytest.raises(UserError, match=rf"have to be the same for .*{key}.*--finetune-teacher"):
+        build_model(saved_teacher(tmp_path, SHAPES[::-1], cfg))

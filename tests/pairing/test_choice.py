@@ -54,6 +54,16 @@ def test_a_method_that_compares_predictions_needs_the_same_classes():
     assert choose(two, ["PKD", "MGD"]).methods == ["PKD", "MGD"]
 
 
+def test_as_many_classes_of_other_names():
+    animals = pair("fcos", "fcos")._replace(teacher_classes=Classes(6, ("cat", "dog")))
+    found = choose(animals)
+    assert found.methods == ["PKD"] and "FRS" not in found.others
+    with pytest.raises(
+        UserError, match=r"6 classes \(cat, dog\): .* DISTILL.FRS.CLS.WEIGHT; or add"
+    ):
+        choose(animals, ["FRS"])
+
+
 @pytest.mark.parametrize(
     "names, message",
     [
