@@ -70,6 +70,8 @@ def test_published_numbers_stand_in_the_header(config):
 def test_teacher_and_baseline_are_those_of_the_run(name):
     cfg = read(f"configs/{name}.yaml")
     assert recipes_page.teacher_of(name) == cfg.DISTILL.TEACHER.CONFIG
+    assert recipes_page.iterations_of(name) == cfg.SOLVER.MAX_ITER
+    assert cfg.SOLVER.IMS_PER_BATCH == 16  # as the page says
     plain = read(f"configs/{recipes_page.baseline_of(name)}")
     for key in ("INPUT", "DATASETS"):
         assert plain[key] == cfg[key]

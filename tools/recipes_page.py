@@ -39,10 +39,14 @@ are other people's: box AP on COCO val2017, AP50 on VOC 2007.{nothing}
 - **Source**: *authors* (their abstract or README) and *third party* (another paper's or project's
   table) were read; a *note* is somebody's reading note of the paper, which was not compared with
   the paper itself. Then what is not certain about the recipe. The header of each config says more.
-- **GPU**: memory per GPU and hours, where they were measured.
+- **Iterations**: of 16 images, of the student; a teacher that is trained first comes on top.
+- **GPU**: memory per GPU, and hours.{unmeasured}
 """
 
 NOTHING_RUN = "\n**No recipe on COCO or VOC has been run here, nor timed on a GPU.**"
+NOTHING_MEASURED = """ Neither was measured, for want of a GPU and of the data; no
+  paper's hours are quoted in their place. `d2kd check` tells both on the machine at hand; what a
+  method adds to a step, in time and memory on a CPU, is in [speed.md](speed.md)."""
 
 BEFORE = """\
 ## Running a row
@@ -80,11 +84,11 @@ def stem(path: Path) -> str:
 
 
 def files(name: str) -> Iterator[Path]:
-    """A config and what it is based on, nearest first."""
+    """A config and what it is based on, in the order in which values win."""
     path = CONFIGS / f"{name}.yaml"
     bases = yaml.safe_load(path.read_text()).get("_BASE_", [])
     yield path
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in [bases] if isinstance(bases, str) else reversed(bases):
         yield from files(stem((path.parent / base).resolve()))
 
 
@@ -100,6 +104,12 @@ def teacher_of(recipe: str) -> str:
 def baseline_of(recipe: str) -> str:
     """``baselines/retinanet_R_50_FPN_2x.yaml``: the plain student that a recipe is based on."""
     return next(f"{stem(p)}.yaml" for p in files(recipe) if p.parent.name == "baselines")
+
+
+def iterations_of(recipe: str) -> int:
+    """``SOLVER.MAX_ITER`` of a recipe."""
+    solvers = (yaml.safe_load(path.read_text()).get("SOLVER", {}) for path in files(recipe))
+    return next(solver["MAX_ITER"] for solver in solvers if "MAX_ITER" in solver)
 
 
 def recipes() -> List[str]:
@@ -183,7 +193,8 @@ def recipe_row(data: Dict, recipe: str) -> List[str]:
         link(baseline) + numbers(own, plain if plain != own else None),
         reported(entry.get("ap"), plain),
         source,
-        ", ".join(run),
+        f"{iterations_of(recipe):,}".replace(",", " "),
+        ", ".join(run) or "not measured",
         entry.get("status", "not run"),
     ]
 
@@ -193,7 +204,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-HEAD = ("recipe", "row", "teacher", "baseline", "reported", "source", "GPU", "status")
+HEAD = ("recipe", "row", "teacher", "baseline", "reported", "source", "iterations", "GPU", "status")
 
 
 def table_of(data: Dict, name: str) -> str:
@@ -262,10 +273,15 @@ def embedded() -> str:
 def page(data: Dict) -> str:
     """The whole page."""
     check(data)
-    run = any("status" in entry for entry in data["recipes"].values())
+    entries = data["recipes"].values()
+    run, measured = (
+        any(keys & set(e) for e in entries) for keys in ({"status"}, {"memory", "hours"})
+    )
     example = f"configs/{data['methods']['frs']['commands']}.yaml"
     sections = [
-        INTRODUCTION.format(nothing="" if run else NOTHING_RUN).strip(),
+        INTRODUCTION.format(
+            nothing="" if run else NOTHING_RUN, unmeasured="" if measured else NOTHING_MEASURED
+        ).strip(),
         *(method_section(data, folder) for folder in data["methods"]),
         BEFORE.format(example=example).strip(),
         *(commands(data, folder) for folder in data["methods"]),

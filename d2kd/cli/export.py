@@ -6,6 +6,7 @@ examples:
   d2kd export output/run --raw-heads --fixed-size 480 640 --half
   d2kd export output/run --format weights --output student.pth
 
+Cascade R-CNN goes into ONNX, not into TorchScript; keypoint detectors into bare weights alone.
 The program is compared with the student on photographs of several sizes before it is written.
 What it expects and returns stands in the file, see docs/export.md.
 """

@@ -5,12 +5,13 @@ quick, and there even without them.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
 from types import ModuleType
-from typing import List, NamedTuple, Optional, Sequence
+from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 from d2kd import __version__
 from d2kd.errors import nearest
@@ -95,7 +96,8 @@ def _overview() -> str:
 def _run(command: Command, words: List[str]) -> None:
     module = module_of(command)
     parser = make_parser(command, module)
-    args = parser.parse_intermixed_args(words)  # overrides may stand anywhere
+    with _said_once():
+        args = parser.parse_intermixed_args(words)  # overrides may stand anywhere
     try:
         with in_one_line(args.debug):
             module.run(args)
@@ -103,6 +105,17 @@ def _run(command: Command, words: List[str]) -> None:
     except BrokenPipeError:  # whoever reads, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(exit_status(signal.SIGPIPE))
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Of the processes that torchrun starts on a machine, all with the same words, the first one
+    says what is wrong with these."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def make_parser(command: Command, module: ModuleType) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import logging
 from typing import Any, Dict
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from timm.utils import ModelEmaV3
@@ -19,6 +20,7 @@ EMA = "ema"
 class AverageHook(HookBase):
     """Lets an average follow the student: average = decay · average + (1 - decay) · student after
     every step, of parameters and of buffers that are floating-point numbers; others are copied.
+    Steps that mixed precision skips, because a gradient is not finite, do not count.
 
     It is part of every checkpoint. At the end of a run it is saved as a student of its own and
     evaluated. Register it before what saves and evaluates the student, whose files in the run's
@@ -28,18 +30,29 @@ class AverageHook(HookBase):
         average: a detector like the student, in eval mode.
     """
 
-    def __init__(self, student: nn.Module, decay: float, checkpointer: StudentCheckpointer):
+    def __init__(
+        self,
+        student: nn.Module,
+        decay: float,
+        optimizer: torch.optim.Optimizer,
+        checkpointer: StudentCheckpointer,
+    ):
         """
         Args:
             student: the detector in training; it is copied before anything observes it.
             decay: 0 ... 1.
+            optimizer: of the training.
             checkpointer: of the run.
         """
         self._student = student
         self._ema = ModelEmaV3(student, decay=decay)
         self.average: nn.Module = self._ema.module.requires_grad_(False)
         self._checkpointer = checkpointer
-        self._resumed = False
+        self._resumed = self._stepped = False
+        optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, *args: object) -> None:
+        self._stepped = True
 
     def state_dict(self) -> Dict[str, Any]:
         return self.average.state_dict()
@@ -53,7 +66,9 @@ class AverageHook(HookBase):
             self._ema.set(self._student)
 
     def after_step(self) -> None:
-        self._ema.update(self._student)
+        if self._stepped:
+            self._ema.update(self._student)
+        self._stepped = False
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:  # it failed, or was stopped

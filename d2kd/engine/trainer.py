@@ -168,7 +168,9 @@ class DistillTrainer(DefaultTrainer):
 
     def _average_hook(self) -> List[HookBase]:
         decay = self.cfg.SOLVER.EMA_DECAY
-        return [AverageHook(self.student, decay, self.checkpointer)] if decay else []
+        if not decay:
+            return []
+        return [AverageHook(self.student, decay, self._trainer.optimizer, self.checkpointer)]
 
     def _best_hook(self) -> List[HookBase]:
         """None where there is one evaluation only, and so nothing to choose from."""

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from torch import Tensor, nn
 
 from d2kd.checkpoint import refuse_existing, written_whole
@@ -99,7 +100,7 @@ def export_student(
         content = _weights(student, run.classes, options.half)
         return _written({path: content}, None, time.perf_counter() - start)
 
-    _refuse_keypoints(student)
+    _refuse_unknown_heads(student, options.format)
     photographs = images or images_at_hand(_with_data(run), MOST_PHOTOGRAPHS)
     trials = trial_images(Predictor(student, cfg), photographs, options.fixed_size)
     expected = [detect(student, image) for image in trials]
@@ -131,10 +132,17 @@ def _with_data(run: TrainedRun) -> CfgNode:
     return run.config() if run.has_config() else run.student_config()
 
 
-def _refuse_keypoints(student: nn.Module) -> None:
-    if getattr(getattr(student, "roi_heads", None), "keypoint_on", False):
+def _refuse_unknown_heads(student: nn.Module, format: str) -> None:
+    heads = getattr(student, "roi_heads", None)
+    if getattr(heads, "keypoint_on", False):
         raise UserError(
-            "the student predicts keypoints, which cannot be exported: take --format weights"
+            f"the student predicts keypoints, which --format {format} cannot hold: take --format "
+            "weights"
+        )
+    if isinstance(heads, CascadeROIHeads) and format == "torchscript":
+        raise UserError(
+            "the student is a Cascade R-CNN, between whose box heads Detectron2 calls a Python "
+            "function that --format torchscript cannot hold: take --format onnx or weights"
         )
 
 

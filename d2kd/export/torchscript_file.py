@@ -27,7 +27,7 @@ def to_bytes(program: torch.jit.ScriptModule, metadata: Mapping[str, Any]) -> by
     """A program as its file, with its metadata as JSON in it.
 
     Raises:
-        UserError: if it has an operation that only Python knows, as Cascade R-CNN's has.
+        UserError: if it has an operation that only Python knows.
     """
     buffer = io.BytesIO()
     try:

@@ -10,6 +10,7 @@ from toys import distill_config
 from d2kd.check import TeacherAP, check_config, check_run
 from d2kd.cli.main import main
 from d2kd.data.findings import ERROR
+from d2kd.distillation import build_detector
 
 
 @pytest.fixture
@@ -118,6 +119,19 @@ def test_a_recipe_for_more_gpus_is_scaled_as_training_scales_it(cfg):
     cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.MAX_ITER = 2, 10
     lines = parts_of(cfg, images=False)["model, on its data"].lines
     assert any("a step with 1 images" in x and "for 20 steps" in x for x in lines)
+
+
+def test_the_moving_average_is_part_of_the_memory(cfg):
+    def memory():
+        [line] = [x for x in parts_of(cfg, images=False)["model, on its data"].lines if "MiB" in x]
+        return int(line.split()[1])
+
+    # Wide enough that the student is more than the MiB to which memory is rounded
+    cfg.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 160])
+    plain = memory()
+    cfg.SOLVER.EMA_DECAY = 0.9
+    parameters = sum(p.numel() for p in build_detector(cfg).parameters())
+    assert memory() - plain == pytest.approx(parameters * 4 / 2**20, abs=1.1)
 
 
 def test_a_batch_that_cannot_be_shared(cfg):

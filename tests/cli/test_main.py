@@ -52,6 +52,16 @@ def test_what_is_wrong_is_one_line(said):
     assert text.startswith("error: '/nowhere' is no run") and text.count("\n") == 1
 
 
+@pytest.mark.parametrize("rank, lines", [("0", True), ("1", False)])
+def test_of_torchruns_processes_one_says_what_is_wrong_with_the_words(
+    said, monkeypatch, rank, lines
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    status, text = said("train", "--config-fil", "x.yaml", "--num-gpus", "two")
+    assert status == 2 and ("invalid int value: 'two'" in text) is bool(text) is lines
+
+
 @pytest.mark.parametrize(
     "missing, remedy",
     [("detectron2", "python -m d2kd.install_detectron2"), ("pkg_resources", '"setuptools<82"')],

@@ -10,6 +10,7 @@ from toys import config, detector
 from d2kd.checkpoint import class_names_in, write_student_yaml
 from d2kd.cli.main import main
 from d2kd.engine import DistillTrainer
+from d2kd.engine.averaging import AverageHook
 from d2kd.engine.run_config import write_run_config
 from d2kd.errors import UserError
 
@@ -128,6 +129,24 @@ def test_a_run_that_was_killed_before_it_writes_it_at_last(tmp_path, toy_dataset
     last = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
     average = last["trainer"]["hooks"]["AverageHook"]
     assert all(torch.equal(average[k], v) for k, v in ema(cfg)["model"].items())
+
+
+def test_a_step_that_mixed_precision_skips_does_not_count():
+    student = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    hook = AverageHook(student, DECAY, optimizer, checkpointer=None)
+    hook.before_train()
+    with torch.no_grad():
+        student.bias += 4.0
+    before = copied(hook.average)
+    for gradient, moved in ((float("inf"), 0.0), (0.0, 1.0)):
+        scaler.scale(student(torch.ones(1, 2)).sum() * gradient).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        hook.after_step()
+        torch.testing.assert_close(hook.average.bias - before["bias"], torch.tensor([moved]))
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("at", [2, 5])

@@ -153,3 +153,29 @@ def test_without_onnx_it_says_what_to_install(fcos, tmp_path, monkeypatch):
 def test_options_that_do_not_go_together(fcos, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         export_student(fcos, str(tmp_path / "student"), options)
+
+
+CASCADE = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
+CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+KEYPOINTS = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,)]
+
+
+@pytest.mark.parametrize(
+    "heads, format, message",
+    [
+        (CASCADE, "torchscript", "Cascade R-CNN, .* take --format onnx or weights"),
+        (KEYPOINTS, "torchscript", "keypoints, .* torchscript cannot hold: take --format weights"),
+        (KEYPOINTS, "onnx", "keypoints, which --format onnx cannot hold: take --format weights"),
+    ],
+)
+def test_students_that_a_format_cannot_hold(tmp_path, heads, format, message):
+    run = made_up_run(tmp_path / "run", "FasterRCNN", heads)
+    with pytest.raises(UserError, match=message):
+        export_student(run, str(tmp_path / "student"), ExportOptions(format=format))
+    assert export_student(run, str(tmp_path / "student"), ExportOptions(format="weights")).paths
+
+
+def test_a_cascade_goes_into_onnx(tmp_path):
+    run = made_up_run(tmp_path / "run", "FasterRCNN", CASCADE)
+    exported = export_student(run, str(tmp_path / "student.onnx"), ExportOptions())
+    assert exported.parity.detections > 20 and exported.parity.box_error < 1e-3

@@ -342,7 +342,7 @@ class HGD(Distiller):
         highest micro weight, and the share of the micro weights that is on objects."""
         plain = losses.mean(0)
         macro = (losses * self.macro_weights(losses)).mean(0) / plain.clamp(min=TINY)
-        numbers = {}
+        diagnostics = {}
         for k, (position, channel, valid, stride) in enumerate(micro):
             product = clipped_product(position, channel, self.max_weight)
             weights = with_mean_one(product, valid)
@@ -354,8 +354,8 @@ class HGD(Distiller):
                 "on_objects": (weights.sum(1) * inside).sum() / weights.sum().clamp(min=TINY),
             }
             stage = f"hgd_feature/{self.pairs[k].student.name}"
-            numbers.update({f"{stage}/{name}": value for name, value in values.items()})
-        return numbers
+            diagnostics.update({f"{stage}/{name}": value for name, value in values.items()})
+        return diagnostics
 
 
 def _pairs(node: CfgNode, student: Family, teacher: Family) -> Tuple[List[StagePair], List[str]]:
