@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from types import ModuleType
 from typing import Iterator, List, NamedTuple, Optional, Sequence
 
@@ -42,6 +43,9 @@ COMMANDS = (
     Command("visualize", "visualize", "draw what a method looks at"),
     Command("completion", "completion", "print the completion of this command for a shell"),
 )
+
+# Of torchrun's first process, before the others end
+_SECONDS_TO_SPEAK = 10
 
 # Modules without which no sub-command starts, and what is to be done
 _MISSING = {
@@ -110,12 +114,16 @@ def _run(command: Command, words: List[str]) -> None:
 @contextlib.contextmanager
 def _said_once() -> Iterator[None]:
     """Of the processes that torchrun starts on a machine, all with the same words, the first one
-    says what is wrong with these."""
+    says what is wrong with these. The others end later: torchrun ends all with the first."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
+        try:
+            yield
+        except SystemExit:
+            time.sleep(_SECONDS_TO_SPEAK)
+            raise
 
 
 def make_parser(command: Command, module: ModuleType) -> argparse.ArgumentParser:

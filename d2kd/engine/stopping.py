@@ -153,7 +153,9 @@ def command_to_resume(argv: Tuple[str, ...] = ()) -> str:
         named = [i for i, word in enumerate(words) if word.startswith("--config-file")]
         sub_command = 1 if words[:1] == ["train"] else 0
         words.insert(named[0] if named else sub_command, "--resume")
-    return shlex.join([*_launcher(program), program, *words])
+    # Of "python -m d2kd"; as a script, this file would not find the package that it is part of
+    module = os.path.basename(program) == "__main__.py"
+    return shlex.join([*_launcher(program), *(["-m", "d2kd"] if module else [program]), *words])
 
 
 def _launcher(program: str) -> List[str]:

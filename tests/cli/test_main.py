@@ -58,8 +58,11 @@ def test_of_torchruns_processes_one_says_what_is_wrong_with_the_words(
 ):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_RANK", rank)
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
     status, text = said("train", "--config-fil", "x.yaml", "--num-gpus", "two")
     assert status == 2 and ("invalid int value: 'two'" in text) is bool(text) is lines
+    assert bool(waited) is not lines
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,5 @@ def test_the_command_to_go_on_with():
     assert command_to_resume(("/bin/d2kd", "train", "--resume", "--config-file=a")) == (
         "/bin/d2kd train --resume --config-file=a"
     )
+    argv = ("/clone/d2kd/__main__.py", "train", "--config-file", "a")
+    assert command_to_resume(argv) == "python -m d2kd train --resume --config-file a"
