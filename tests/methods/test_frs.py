@@ -17,7 +17,7 @@ GOLDEN = os.path.join(os.path.dirname(__file__), "golden", "frs.npz")
 
 
 def load_cases():
-    """The original implementation's cases, or the two of them that the tests carry along."""
+    """The original implementation's cases."""
     arrays = dict(np.load(REFERENCE if os.path.isfile(REFERENCE) else GOLDEN))
     tags = sorted({name.split("_alpha_beta")[0] for name in arrays if "_alpha_beta" in name})
     return {tag: {k[len(tag) :]: v for k, v in arrays.items() if k.startswith(tag)} for tag in tags}
