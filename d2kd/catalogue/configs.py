@@ -8,7 +8,6 @@ from typing import Any, Dict, Iterator, List, NamedTuple
 import yaml
 
 from d2kd.model_zoo import CONFIG_DIRS
-from d2kd.safe_yaml import read_yaml
 
 ABLATION = "_ablation"  # ending of the names of tables
 
@@ -83,11 +82,6 @@ def bases(config: Config) -> Iterator[Config]:
         name = next((x.name for x in configs().values() if x.path == path), None)
         if name:
             yield from bases(configs()[name])
-
-
-def weights_of(config: Config) -> str:
-    """``MODEL.WEIGHTS`` of a config."""
-    return read_yaml(config.path).get("MODEL", {}).get("WEIGHTS", "")
 
 
 @functools.cache

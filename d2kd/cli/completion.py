@@ -38,7 +38,7 @@ def whole_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers()
     for command in COMMANDS:
         one = make_parser(command, module_of(command))
-        # Of a parent, the help belongs to the sub-command
+        # Both have --help: "resolve" keeps that of the sub-command
         one = commands.add_parser(
             command.name, help=command.summary, parents=[one], conflict_handler="resolve"
         )

@@ -44,7 +44,7 @@ COMMANDS = (
     Command("completion", "completion", "print the completion of this command for a shell"),
 )
 
-# Of torchrun's first process, before the others end
+# So long torchrun's other processes live on, for the first one to say what is wrong
 _SECONDS_TO_SPEAK = 10
 
 # Modules without which no sub-command starts, and what is to be done

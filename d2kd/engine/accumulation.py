@@ -51,5 +51,5 @@ def _gradients_kept_here(model: nn.Module, kept: bool) -> ContextManager:
 def _precision(trainer: SimpleTrainer) -> ContextManager:
     if not isinstance(trainer, AMPTrainer):
         return contextlib.nullcontext()
-    # Release 0.6 has no choice of the type
+    # Release 0.6 has no attribute for the type: it is float16
     return torch.autocast("cuda", dtype=getattr(trainer, "precision", torch.float16))
