@@ -52,8 +52,8 @@ def _relu(x, inplace=False) -> Tensor:
 class FrozenLayers(TorchFunctionMode):
     """Inside of this context, layers that are not trained need less memory for the backward pass:
     a convolution does not keep its input, which only the gradient of its weights would read, and a
-    ReLU keeps one byte per element. Values and gradients are the same; gradients of gradients cannot
-    be had.
+    ReLU keeps one byte per element. Values and gradients are the same; gradients of gradients
+    cannot be had.
     """
 
     _INSTEAD = {F.conv2d: _conv2d, F.relu: _relu}
