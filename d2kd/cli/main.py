@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from types import ModuleType
 from typing import Iterator, List, NamedTuple, Optional, Sequence
 
@@ -102,6 +103,8 @@ def _run(command: Command, words: List[str]) -> None:
     parser = make_parser(command, module)
     with _said_once():
         args = parser.parse_intermixed_args(words)  # overrides may stand anywhere
+    # How Detectron2 calls it; nothing that a user of d2kd could change
+    warnings.filterwarnings("ignore", "torch.meshgrid")
     try:
         with in_one_line(args.debug):
             module.run(args)

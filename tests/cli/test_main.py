@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -50,6 +51,14 @@ def test_what_is_wrong_is_one_line(said):
     status, text = said("eval", "/nowhere")
     assert status == 1
     assert text.startswith("error: '/nowhere' is no run") and text.count("\n") == 1
+
+
+def test_nobody_is_warned_of_what_detectron2_calls(said):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        said("explain", "SEED")
+        warnings.warn("torch.meshgrid: in an upcoming release, ...", stacklevel=1)
+    assert not [x for x in told if "meshgrid" in str(x.message)]
 
 
 @pytest.mark.parametrize("rank, lines", [("0", True), ("1", False)])
