@@ -162,13 +162,13 @@ class _Training:
                         f"{self.folder} holds a run with another config: remove it, or give "
                         "another --output"
                     )
-        self._done = steps_done(self.folder)
+        self._done = min(steps_done(self.folder), self._max_iter)
 
     def is_finished(self) -> bool:
         return os.path.isfile(os.path.join(self.folder, SUMMARY))
 
     def steps_left(self) -> int:
-        return max(self._max_iter - self._done, 0)
+        return self._max_iter - self._done
 
     def start(self, environment: Dict[str, str]) -> None:
         words = [*_TRAIN, "--config-file", self._config, "--resume", *self._opts]
@@ -179,8 +179,10 @@ class _Training:
         )
 
     def new_steps(self) -> int:
-        """Steps since it was asked last, by the metrics that the process writes."""
-        before, self._done = self._done, max(steps_done(self.folder), self._done)
+        """Steps since it was asked last, by the metrics that the process writes. The evaluation
+        after the last step is logged as one step more, and does not count."""
+        before = self._done
+        self._done = min(max(steps_done(self.folder), before), self._max_iter)
         return self._done - before
 
     def has_ended(self) -> bool:

@@ -180,7 +180,7 @@ if seed == "7":
 while os.path.exists("begun 7") and alive(int(open("begun 7").read() or 0)):
     time.sleep(0.01)
 line = ", ".join(f'"bbox/{k}": {seed}.0' for k in ("AP", "AP50", "AP75"))
-open(f"{folder}/metrics.json", "w").write(f'{{{line}, "iteration": 749}}\\n')
+open(f"{folder}/metrics.json", "w").write(f'{{{line}, "iteration": 750}}\\n')
 open(f"{folder}/threads", "w").write(str(os.environ.get("OMP_NUM_THREADS")))
 open(f"ended {seed}", "w")
 """
@@ -195,10 +195,11 @@ def worker(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_runs_at_a_time_share_the_cores(worker):
+def test_runs_at_a_time_share_the_cores(worker, capsys):
     row = read_rows(RECIPE)[0]
     found = train_rows([(row, seed) for seed in (3, 1, 2)], "out", jobs=2)
     assert [run.results["AP"] for run in found] == [3.0, 1.0, 2.0]
+    assert "| 2250/2250 [" in capsys.readouterr().err  # with the line of the last evaluation
     for run in found:
         assert (worker / run.folder / "threads").read_text() == "2"
         assert int((worker / run.folder / "beside").read_text()) <= 2
