@@ -55,11 +55,16 @@ def origin(name: str, cells: List[Cell]) -> str:
     if len(found) > 1:
         raise ValueError(f"{name}: its runs are of several commits or machines: {found}")
     commit, processor, threads, torch, detectron2 = found.pop()
-    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
+    seeds = sorted({cell.seed for cell in cells})
     return (
-        f"Seeds {seeds}; commit {commit[:7]}, {processor}, {threads} thread(s) per run, "
-        f"torch {torch}, Detectron2 {detectron2}; every run in [{name}.json](results/{name}.json)."
+        f"{_plural('Seed', len(seeds))} {', '.join(map(str, seeds))}; commit {commit[:7]}, "
+        f"{processor}, {threads} {_plural('thread', threads)} per run, torch {torch}, "
+        f"Detectron2 {detectron2}; every run in [{name}.json](results/{name}.json)."
     )
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
 
 
 def draw_teachers(name: str, teacher_aps: Dict[str, float], path: Path) -> None:

@@ -8,11 +8,13 @@ from pages import ROOT, text
 
 from d2kd.config import add_distill_config
 from d2kd.evidence.benchmark import STANDARD
+from d2kd.evidence.cells import Cell, write_cells
 from d2kd.evidence.costs import costs_markdown, read_costs
 
 sys.path.append(str(ROOT / "tools"))
 import commands_page
 import configuration_page
+import results_page
 
 pytestmark = pytest.mark.docs
 
@@ -55,3 +57,44 @@ def test_commands_are_those_of_the_parsers():
 def test_costs_are_those_of_the_page():
     costs = read_costs(str(ROOT / "docs" / "costs.json"))
     assert len(costs) == len(STANDARD) and costs_markdown(costs) in text("docs/speed.md")
+
+
+def test_results_are_those_of_the_runs():
+    page = results_page.PAGE.read_text()
+    assert results_page.page(page) == page, "run the tool"
+    named = {name for _, name, _ in results_page.TABLE.findall(page)}
+    assert named == {p.stem for p in results_page.RESULTS.glob("*.json")} - {"teachers"}
+
+
+def cell(label, seed, ap, **made_with):
+    made_with = {"processor": "A", "threads": 1, "torch": "2", "detectron2": "0.6", **made_with}
+    aps = {"AP": ap, "AP50": ap, "AP75": ap}
+    return Cell(label, "recipe.yaml", [], seed, aps, 1.0, 1.0, {"commit": "01234567", **made_with})
+
+
+def test_a_table_names_where_its_runs_come_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    cells = [cell("plain", 1, 10.0), cell("taught", 1, 12.0), cell("plain", 2, 11.0)]
+    write_cells(cells, str(tmp_path / "mine.json"))
+    page = results_page.page("before\n<!-- table: mine -->\nold\n<!-- end -->\nafter\n")
+    assert page.startswith("before\n<!-- table: mine -->\n|") and page.endswith("-->\nafter\n")
+    assert "old" not in page and "+2.0" in page and results_page.page(page) == page
+    assert "Seeds 1, 2; commit 0123456, A, 1 thread" in page
+
+
+def test_rows_of_two_commits_are_not_compared(monkeypatch, tmp_path):
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    cells = [cell("plain", 1, 10.0), cell("taught", 1, 12.0, commit="76543210")]
+    write_cells(cells, str(tmp_path / "mine.json"))
+    with pytest.raises(ValueError, match="mine: its runs are of several commits"):
+        results_page.section("mine")
+
+
+def test_students_are_drawn_over_their_teachers():
+    rows = {
+        "plain student": [cell("plain", 1, 5.0)],
+        "CrossKD, teacher after 20": [cell("x", 1, 8.0), cell("x", 2, 10.0)],
+        "CrossKD, teacher after 10": [cell("x", 1, 6.0), cell("x", 2, 6.0)],
+    }
+    curves = results_page.curves(rows, {"10": 30.0, "20": 50.0})
+    assert curves == {"CrossKD": [(30.0, 6.0, 0.0), (50.0, 9.0, pytest.approx(2**0.5))]}
