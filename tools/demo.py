@@ -6,6 +6,7 @@ schedule. Writes a table, a plot and a picture to ``output/demo``.
 """
 
 import os
+import warnings
 from typing import Dict, List
 
 import cv2
@@ -108,6 +109,7 @@ def _best(found: Instances, count: int) -> List[tuple]:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # how Detectron2 calls it
     os.makedirs(OUTPUT, exist_ok=True)
     print("Training a small detector alone, and the same one with a teacher.", flush=True)
     rows = {label: row_of(config) for label, config in STUDENTS.items()}
