@@ -2,14 +2,21 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
-from typing import Callable, Iterator
+import threading
+from types import FrameType
+from typing import Callable, Iterator, Optional
 
 from d2kd.errors import UserError
 
 # The loggers that write a run's files
 LOGGERS = ("fvcore", "detectron2", "d2kd")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in the way of Ctrl-C."""
 
 
 def exit_status(signal_number: int) -> int:
@@ -19,7 +26,8 @@ def exit_status(signal_number: int) -> int:
 
 @contextlib.contextmanager
 def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ends the process with one line and status 1 for a :class:`UserError`, with 130 for Ctrl-C.
+    """Ends the process with one line and status 1 for a :class:`UserError`, with 130 for Ctrl-C,
+    with 143 for SIGTERM. (While it trains, a run has its own way to stop.)
 
     Args:
         debug: let their tracebacks through.
@@ -27,7 +35,8 @@ def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Ite
             printed one.
     """
     try:
-        yield
+        with _sigterm_raised():
+            yield
     except UserError as error:
         if debug:
             raise
@@ -35,12 +44,33 @@ def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Ite
         if is_first():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as asked:
         if debug:
             raise
+        number = signal.SIGTERM if isinstance(asked, Terminated) else signal.SIGINT
         if is_first():
-            print("Stopped before anything was to be saved", file=sys.stderr, flush=True)
-        sys.exit(exit_status(signal.SIGINT))
+            print(f"Stopped by {number.name}: what was saved stays", file=sys.stderr, flush=True)
+        sys.exit(exit_status(number))
+
+
+@contextlib.contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Inside of it SIGTERM raises :class:`Terminated`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def receive(number: int, frame: Optional[FrameType]) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        os._exit(exit_status(number))  # a process that this one has forked
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _drop_full_logs() -> None:

@@ -21,6 +21,7 @@ from d2kd.engine.run_config import config_file
 from d2kd.errors import UserError
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
+from d2kd.one_line import Terminated
 
 from .rows import Row, folder_of
 
@@ -93,16 +94,18 @@ def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
     total = sum(x.steps_left() for x in waiting)
     bar_format = "{desc}{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed} < {remaining}]"
     failed: Optional[UserError] = None
-    with tqdm(total=total, bar_format=bar_format) as bar:
+    with tqdm(total=total, bar_format=bar_format) as bar, _stopped_together(running):
         while any(running) or (waiting and not failed):
             for slot, training in enumerate(running):
                 if training is None and waiting and not failed:
-                    running[slot] = waiting.popleft()
-                    running[slot].start(_environment(slot, jobs))
+                    begins = waiting.popleft()
+                    begins.start(_environment(slot, jobs))
+                    running[slot] = begins
             now = [x for x in running if x is not None]
             begun = of_all - len(waiting) - len(now) + 1
             bar.set_description(f"run {begun} of {of_all}, {'; '.join(x.name for x in now)}")
-            _sleep(now)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                now[0].process.wait(timeout=_POLL_SECONDS)
             bar.update(sum(x.new_steps() for x in now))
             for slot, training in enumerate(running):
                 if training is not None and training.has_ended():
@@ -115,14 +118,18 @@ def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
         raise failed
 
 
-def _sleep(running: "Sequence[_Training]") -> None:
-    """A moment, or until the first of some processes ends."""
+@contextlib.contextmanager
+def _stopped_together(running: "Sequence[Optional[_Training]]") -> Iterator[None]:
+    """When this process is asked to stop, the running ones save what they have, and end first."""
     try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running[0].process.wait(timeout=_POLL_SECONDS)
-    except KeyboardInterrupt:  # Ctrl-C is for the processes, too: they save what they have
-        for training in running:
-            training.process.wait()
+        yield
+    except KeyboardInterrupt as asked:
+        processes = [x.process for x in running if x is not None]
+        if isinstance(asked, Terminated):  # Ctrl-C has reached them already
+            for process in processes:
+                process.terminate()
+        for process in processes:
+            process.wait()
         raise
 
 

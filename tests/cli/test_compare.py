@@ -1,7 +1,11 @@
 """``d2kd compare``: what it reads, the commands that it prints, and what it makes of runs."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -13,6 +17,7 @@ from d2kd.evidence.cells import Cell, by_label, read_cells, write_cells
 from d2kd.evidence.rows import folder_of, labels_of, read_rows, read_table
 from d2kd.evidence.runs import steps_done, train_row, train_rows
 from d2kd.evidence.tables import table
+from d2kd.one_line import in_one_line
 
 RECIPE = "shapes/frs/fcos_tiny.yaml"
 TABLE = """
@@ -222,6 +227,24 @@ def test_a_run_that_fails_ends_a_comparison_when_those_beside_it_are_done(worker
     (worker / "ended 1").unlink()
     assert train_rows(tasks[1:2], "out")[0].results["AP"] == 1.0
     assert not (worker / "ended 1").exists()  # the run was there, and is not repeated
+
+
+def test_sigterm_ends_the_runs_before_it_ends_the_comparison(worker):
+    row = read_rows(RECIPE)[0]
+    (worker / "begun 7").write_text(str(os.getpid()))  # the runs wait for it, which lives on
+
+    def terminate():
+        while not (worker / "begun 2").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    with pytest.raises(SystemExit) as stop, in_one_line(debug=False):
+        train_rows([(row, seed) for seed in (1, 2)], "out", jobs=2)
+    assert stop.value.code == 143 and not list(worker.glob("ended *"))
+    for seed in (1, 2):
+        with pytest.raises(OSError, match="No such process"):
+            os.kill(int((worker / f"begun {seed}").read_text()), 0)
 
 
 def test_a_line_that_is_being_written_does_not_count(tmp_path):

@@ -1,0 +1,39 @@
+"""How a command ends when something from outside ends it."""
+
+import os
+import signal
+
+import pytest
+
+from d2kd.errors import UserError
+from d2kd.one_line import in_one_line
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_one_line(capsys, number, status):
+    before = signal.getsignal(number)
+    cleaned = []
+    with pytest.raises(SystemExit) as stop, in_one_line(debug=False):
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            cleaned.append(True)
+    assert stop.value.code == status and cleaned
+    assert capsys.readouterr().err == f"Stopped by {number.name}: what was saved stays\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_forked_process_ends_at_the_signal_without_a_word(capfd):
+    with in_one_line(debug=False):
+        pid = os.fork()
+        if pid == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whoever_is_not_the_first_says_nothing(capsys):
+    with pytest.raises(SystemExit) as stop, in_one_line(False, lambda: False):
+        raise UserError("what another process says too")
+    assert stop.value.code == 1 and capsys.readouterr().err == ""
