@@ -18,7 +18,8 @@ MOST_NAMES = 20
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Ending of a message about an unknown name: the nearest known one, or all of them.
+    """Ending of a message about an unknown name: the nearest known one, or all of them. Where
+    others stand in the same node of a config, these alone.
 
     Args:
         name: what the user wrote.
@@ -28,8 +29,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
         for instance ``did you mean 'FRS'?`` or ``known: CrossKD, FRS``.
     """
     known = sorted(known)
-    by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    node = name[: name.rfind(".") + 1]
+    beside = [k for k in known if node and k[: k.rfind(".") + 1] == node]
+    if beside:
+        known = beside
+    start = len(node) if beside else 0
+    by_lower = {k[start:].lower(): k for k in known}
+    close = difflib.get_close_matches(name[start:].lower(), by_lower, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{by_lower[close[0]]}'?"
     shown = ", ".join(known[:MOST_NAMES])
