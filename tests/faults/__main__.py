@@ -45,7 +45,8 @@ def run_hanging_rank(folder):
     os.kill(processes_of(process)[1], signal.SIGSTOP)
     _, err = process.communicate(timeout=600)
     seconds, status = time.monotonic() - begin, process.returncode
-    wrong = [] if status and "does not answer" in err else [f"a hanging rank: status {status}"]
+    fine = status and "does not answer" in err
+    wrong = [] if fine else [f"a hanging rank: status {status}\n{err[-1500:]}"]
     return f"a rank that hangs ended the run after {seconds:.0f} s (timeout 20 s)", wrong
 
 

@@ -175,11 +175,11 @@ class GDetKD(Distiller):
             regions = self.regions(student, teacher, targets)
         if "sgfi" in wanted:
             where = regions if self.imitation.on_regions else targets
-            losses["sgfi"], numbers = self.imitation(student, teacher, where)
-            diagnostics.append(numbers)
+            losses["sgfi"], measured = self.imitation(student, teacher, where)
+            diagnostics.append(measured)
         if "ckd" in wanted:
-            losses["ckd"], numbers = self.region_contrast(student, teacher, regions)
-            diagnostics.append(numbers)
+            losses["ckd"], measured = self.region_contrast(student, teacher, regions)
+            diagnostics.append(measured)
         if wanted & {"cls", "bbox"}:
             predictions = self.predictions(student, teacher, regions)
             losses.update({name: x for name, x in predictions.items() if name in wanted})
