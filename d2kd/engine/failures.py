@@ -15,6 +15,8 @@ from .stopping import unreachable
 
 # The logger of Detectron2 that shows the traceback of whatever ends a training
 _TRAINING = "detectron2.engine.train_loop"
+# In what gloo says of a process that it waits for; most of it has the file of its source
+_GLOO = ("gloo", "pair closure", "closed by peer", "reset by peer")
 
 
 @contextlib.contextmanager
@@ -50,7 +52,7 @@ def _reason(error: RuntimeError) -> Optional[str]:
             "raise SOLVER.ACCUMULATION_STEPS) or INPUT.MAX_SIZE_TRAIN"
         )
     several = comm.get_world_size() > 1
-    if several and (isinstance(error, dist.DistError) or "gloo" in text.lower()):
+    if several and (isinstance(error, dist.DistError) or any(x in text.lower() for x in _GLOO)):
         return unreachable(error)
     return None
 
