@@ -29,7 +29,7 @@ from d2kd.modeling import add_dense_detector_config
 from d2kd.modeling.backbone import use_p7_without_relu
 from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS, NODES
-from d2kd.safe_yaml import read_yaml
+from d2kd.safe_yaml import read_value, read_yaml
 from d2kd.schema import Key, check_finite, check_node, config_node
 
 DISTILL_KEYS = {
@@ -256,6 +256,7 @@ def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
         )
     if len(opts) % 2:
         raise UserError(f"{opts_key}: give pairs of KEY VALUE, not {len(opts)} words: {list(opts)}")
+    opts = [read_value(word) if i % 2 else word for i, word in enumerate(opts)]
     if "DISTILL" not in cfg:
         add_distill_config(cfg)
     # Which architecture it is decides about defaults, which the file and the overrides come before.

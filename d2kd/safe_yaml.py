@@ -1,6 +1,7 @@
 """Reading YAML as data. A config file may come from anybody: nothing in it is ever run."""
 
 import ast
+import contextlib
 import io
 import operator
 import os
@@ -45,6 +46,26 @@ def read_yaml(path: str) -> Dict[str, Any]:
         raise UserError(
             f"{path}: nested too deeply, or its _BASE_ leads back to a file that is based on it"
         ) from e
+
+
+def read_value(word: Any) -> Any:
+    """A value from the command line, where lists are often written as in a YAML, ``[FRS, PKD]``.
+
+    Args:
+        word: as typed.
+
+    Returns:
+        a list or mapping for a word in brackets that is none in Python; any other word as it is,
+        for yacs to read.
+    """
+    if not isinstance(word, str) or word.lstrip()[:1] not in ("[", "{"):
+        return word
+    try:
+        ast.literal_eval(word)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+            return yaml.safe_load(word)
+    return word
 
 
 class _PlainYaml(CfgNode):

@@ -5,10 +5,11 @@ import os
 import pytest
 from toys import config, distill_config
 
+from d2kd.config import read_config
 from d2kd.distillation import build_model
 from d2kd.errors import UserError
 from d2kd.model_zoo import resolve_config
-from d2kd.safe_yaml import list_comprehension, read_yaml
+from d2kd.safe_yaml import list_comprehension, read_value, read_yaml
 
 ATTACKS = {
     "apply": "!!python/object/apply:os.system ['touch {mark}']",
@@ -136,3 +137,26 @@ def test_configs_of_the_first_version_are_upgraded(tmp_path):
     (tmp_path / "plain.yaml").write_text("MODEL: {WEIGHT: weights.pth}\n")
     cfg = config(str(tmp_path / "plain.yaml"))
     assert cfg.MODEL.WEIGHTS == "weights.pth" and cfg.VERSION == 2
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [
+        ("[FRS, PKD]", ["FRS", "PKD"]),
+        ("[{json: a.json, images: b}]", [{"json": "a.json", "images": "b"}]),
+        ("['FRS']", "['FRS']"),  # yacs reads what is Python
+        ("[1, 2e-5]", "[1, 2e-5]"),
+        ("FRS", "FRS"),
+        ("[!!python/object/apply:os.system [ls]]", "[!!python/object/apply:os.system [ls]]"),
+        ("[", "["),
+        ("[" * 3000 + "a", "[" * 3000 + "a"),
+        (["FRS"], ["FRS"]),
+    ],
+)
+def test_lists_on_the_command_line(word, value):
+    assert read_value(word) == value
+
+
+def test_methods_are_named_as_in_a_yaml():
+    cfg = read_config("shapes/frs/fcos_tiny.yaml", ["DISTILL.METHODS", "[FRS, PKD]"])
+    assert list(cfg.DISTILL.METHODS) == ["FRS", "PKD"]
