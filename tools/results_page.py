@@ -5,7 +5,9 @@ python tools/results_page.py
 python tools/results_page.py --check
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, its runs in
-docs/results/NAME.json: the ``cells.json`` of a ``d2kd compare``. With ``--check`` nothing is
+docs/results/NAME.json: the ``cells.json`` of a ``d2kd compare``. ``<!-- equal time: DETECTOR -->``
+sets the rows of methods_DETECTOR.json beside the plain student of longer_DETECTOR.json that trained
+for as long, by the costs of a step in step_costs.json. With ``--check`` nothing is
 written; the exit status tells whether the page is up to date.
 """
 
@@ -18,9 +20,10 @@ from typing import Dict, List, Tuple
 
 import matplotlib
 import numpy as np
+from tabulate import tabulate
 
 from d2kd.evidence.cells import Cell, by_label, read_cells
-from d2kd.evidence.tables import table
+from d2kd.evidence.tables import spread, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -28,12 +31,15 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs/results.md", ROOT / "docs/results"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->\n)", flags=re.DOTALL)
+EQUAL_TIME = re.compile(r"(<!-- equal time: (\w+) -->\n).*?(<!-- end -->\n)", flags=re.DOTALL)
+LONGER = re.compile(r"([\d.]+) times as long")
 AFTER = re.compile(r"(.+), teacher after (\d+)")
 
 
 def page(text: str) -> str:
     """The page with its tables made anew."""
-    return TABLE.sub(lambda m: f"{m[1]}{section(m[2])}{m[3]}", text)
+    text = TABLE.sub(lambda m: f"{m[1]}{section(m[2])}{m[3]}", text)
+    return EQUAL_TIME.sub(lambda m: f"{m[1]}{equal_time(m[2])}{m[3]}", text)
 
 
 def section(name: str) -> str:
@@ -61,6 +67,52 @@ def origin(name: str, cells: List[Cell]) -> str:
         f"{processor}, {threads} {_plural('thread', threads)} per run, torch {torch}, "
         f"Detectron2 {detectron2}; every run in [{name}.json](results/{name}.json)."
     )
+
+
+def equal_time(detector: str) -> str:
+    """A table of methods beside the plain student that is trained for the time that they take.
+
+    Args:
+        detector: whose methods, longer trainings and costs of a step are read.
+
+    Raises:
+        ValueError: if the two kinds of runs come from several commits or machines.
+    """
+    methods, longer = (
+        read_cells(str(RESULTS / f"{kind}_{detector}.json")) for kind in ("methods", "longer")
+    )
+    origin(detector, methods + longer)
+    plain = plain_over_time(longer)
+    costs = json.loads((RESULTS / "step_costs.json").read_text())[detector]
+    body = []
+    for label, cells in by_label(methods).items():
+        method, _, weights = label.partition(", ")
+        if weights not in ("published", "default"):
+            continue
+        at_equal_time = [float(np.interp(costs[method], *plain[cell.seed])) for cell in cells]
+        aps = [cell.results["AP"] for cell in cells]
+        longest = max(plain[cells[0].seed][0])
+        above = "> " if costs[method] > longest else ""  # the plain student has yet more time
+        below = "< " if above else ""
+        difference = spread([a - b for a, b in zip(aps, at_equal_time)], "+")
+        row = [method, f"{costs[method]:.2f}", spread(aps)]
+        body.append([*row, f"{above}{spread(at_equal_time)}", f"{below}{difference}"])
+    headers = ["", "time of a step", "AP", "AP of the plain student in that time", "difference"]
+    return tabulate(body, headers, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def plain_over_time(cells: List[Cell]) -> Dict[int, Tuple[List[float], List[float]]]:
+    """By seed, how long the plain student was trained, in parts of the shortest run, and its AP.
+
+    Args:
+        cells: of a baseline, and of rows called "<number> times as long".
+    """
+    found: Dict[int, List[Tuple[float, float]]] = {}
+    for cell in cells:
+        match = LONGER.fullmatch(cell.label)
+        length = float(match[1]) if match else 1.0
+        found.setdefault(cell.seed, []).append((length, cell.results["AP"]))
+    return {seed: tuple(map(list, zip(*sorted(points)))) for seed, points in found.items()}
 
 
 def _plural(word: str, count: int) -> str:
