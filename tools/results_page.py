@@ -70,7 +70,8 @@ def origin(name: str, cells: List[Cell]) -> str:
 
 
 def equal_time(detector: str) -> str:
-    """A table of methods beside the plain student that is trained for the time that they take.
+    """A table of the methods that were trained with all seeds, beside the plain student that is
+    trained for the time that they take.
 
     Args:
         detector: whose methods, longer trainings and costs of a step are read.
@@ -86,8 +87,8 @@ def equal_time(detector: str) -> str:
     costs = json.loads((RESULTS / "step_costs.json").read_text())[detector]
     body = []
     for label, cells in by_label(methods).items():
-        method, _, weights = label.partition(", ")
-        if weights not in ("published", "default"):
+        method = label.partition(",")[0]
+        if method not in costs or {cell.seed for cell in cells} != set(plain):
             continue
         at_equal_time = [float(np.interp(costs[method], *plain[cell.seed])) for cell in cells]
         aps = [cell.results["AP"] for cell in cells]
@@ -95,7 +96,7 @@ def equal_time(detector: str) -> str:
         above = "> " if costs[method] > longest else ""  # the plain student has yet more time
         below = "< " if above else ""
         difference = spread([a - b for a, b in zip(aps, at_equal_time)], "+")
-        row = [method, f"{costs[method]:.2f}", spread(aps)]
+        row = [label, f"{costs[method]:.2f}", spread(aps)]
         body.append([*row, f"{above}{spread(at_equal_time)}", f"{below}{difference}"])
     headers = ["", "time of a step", "AP", "AP of the plain student in that time", "difference"]
     return tabulate(body, headers, tablefmt="github", disable_numparse=True) + "\n"

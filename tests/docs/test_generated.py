@@ -63,7 +63,10 @@ def test_results_are_those_of_the_runs():
     page = results_page.PAGE.read_text()
     assert results_page.page(page) == page, "run the tool"
     named = {name for _, name, _ in results_page.TABLE.findall(page)}
-    assert named == {p.stem for p in results_page.RESULTS.glob("*.json")} - {"teachers", "step_costs"}
+    assert named == {p.stem for p in results_page.RESULTS.glob("*.json")} - {
+        "teachers",
+        "step_costs",
+    }
 
 
 def cell(label, seed, ap, **made_with):
@@ -102,20 +105,27 @@ def test_students_are_drawn_over_their_teachers():
 
 def test_methods_beside_a_plain_student_that_trains_for_as_long(monkeypatch, tmp_path):
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
-    longer = [("plain", 10.0), ("1.5 times as long", 20.0), ("2 times as long", 24.0)]
-    methods = [
-        ("plain", 10.0),
-        ("FRS, published", 23.0),
-        ("FRS, balanced", 1.0),
-        ("HGD, default", 30.0),
+    longer = [
+        ("plain", 10.0, 12.0),
+        ("1.5 times as long", 20.0, 22.0),
+        ("2 times as long", 24.0, 24.0),
     ]
+    methods = [longer[0], ("FRS, published", 23.0, 27.0), ("HGD, default", 30.0, 30.0)]
     for name, rows in (("longer", longer), ("methods", methods)):
-        write_cells([cell(label, 1, ap) for label, ap in rows], str(tmp_path / f"{name}_x.json"))
+        cells = [cell(label, seed, ap) for label, *aps in rows for seed, ap in enumerate(aps)]
+        cells += [cell("FRS, share 0.5", 0, 1.0)] * (name == "methods")  # not with all seeds
+        write_cells(cells, str(tmp_path / f"{name}_x.json"))
     (tmp_path / "step_costs.json").write_text('{"x": {"FRS": 1.25, "HGD": 2.5}}')
     page = results_page.page("<!-- equal time: x -->\nold\n<!-- end -->\n")
     rows = [[word.strip() for word in line.split("|")[1:-1]] for line in page.splitlines()[3:-1]]
     assert rows == [
-        ["FRS", "1.25", "23.0", "15.0", "+8.0"],
-        ["HGD", "2.50", "30.0", "> 24.0", "< +6.0"],  # 2 times is the longest that was tried
+        ["FRS, published", "1.25", "25.0 ± 2.8", "16.0 ± 1.4", "+9.0 ± 1.4"],
+        [
+            "HGD, default",
+            "2.50",
+            "30.0 ± 0.0",
+            "> 24.0 ± 0.0",
+            "< +6.0 ± 0.0",
+        ],  # 2 times is the longest that was tried
     ]
     assert results_page.page(page) == page
