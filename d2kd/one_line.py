@@ -26,8 +26,9 @@ def exit_status(signal_number: int) -> int:
 
 @contextlib.contextmanager
 def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ends the process with one line and status 1 for a :class:`UserError`, with 130 for Ctrl-C,
-    with 143 for SIGTERM. (While it trains, a run has its own way to stop.)
+    """Ends the process with one line and status 1 for a :class:`UserError` or a file that cannot be
+    used, with 130 for Ctrl-C, with 143 for SIGTERM. (While it trains, a run has its own way to
+    stop.)
 
     Args:
         debug: let their tracebacks through.
@@ -37,12 +38,14 @@ def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Ite
     try:
         with _sigterm_raised():
             yield
-    except UserError as error:
-        if debug:
+    except (UserError, OSError) as error:
+        of_a_file = isinstance(error, OSError) and error.filename is not None
+        if debug or not (of_a_file or isinstance(error, UserError)):
             raise
         _drop_full_logs()
         if is_first():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            text = f"{error.filename}: {error.strerror}" if of_a_file else error
+            print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt as asked:
         if debug:

@@ -5,7 +5,7 @@ import contextlib
 import io
 import operator
 import os
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, Type, Union
 
 import yaml
 from detectron2.config import CfgNode
@@ -18,6 +18,7 @@ from d2kd.model_zoo import CONFIG_DIRS, ZOO_DIRS, find_config
 _EXPRESSION_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _MAX_LENGTH = 200  # characters of that expression
 _MAX_POWER = 16
+_MOST_VALUES = 1_000_000  # of a file, however few aliases say so
 
 _OPERATIONS: Dict[type, Callable] = {
     ast.Add: operator.add,
@@ -63,8 +64,8 @@ def read_value(word: Any) -> Any:
     try:
         ast.literal_eval(word)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
-            return yaml.safe_load(word)
+        with contextlib.suppress(yaml.YAMLError, RecursionError):
+            return plain_yaml(word)
     return word
 
 
@@ -73,17 +74,59 @@ class _PlainYaml(CfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
-        with super()._open_cfg(filename) as f:
-            text = f.read()
         try:
-            content = yaml.load(text, Loader=_Loader)
+            with super()._open_cfg(filename) as f:
+                content = plain_yaml(f.read(), _Loader)
         except yaml.YAMLError as e:
             raise UserError(f"{filename}: {_explain(e)}") from e
+        except UnicodeDecodeError as e:
+            raise UserError(f"{filename}: is no text ({e})") from e
         if not isinstance(content, dict):
             raise UserError(f"{filename}: holds {content!r:.40}, expected config keys")
+        for key in _keys(content):
+            if not isinstance(key, str):
+                raise UserError(f"{filename}: {key!r} is no key of a config, which is a name")
         if BASE_KEY in content:
             content[BASE_KEY] = _found(content[BASE_KEY], filename)
         return io.StringIO(yaml.safe_dump(content))
+
+
+def plain_yaml(text: Union[str, bytes], loader: Type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """
+    Returns:
+        what the text holds.
+
+    Raises:
+        yaml.YAMLError: if it is no YAML, holds a date that is none, or more than a million values
+            once its aliases are written out.
+        RecursionError: if it is nested too deeply, or holds itself.
+    """
+    try:
+        content = yaml.load(text, Loader=loader)
+        values = _count(content, {})
+    except ValueError as e:
+        raise yaml.YAMLError(str(e)) from e
+    if values > _MOST_VALUES:
+        raise yaml.YAMLError(f"holds {values:.0e} values once its aliases are written out")
+    return content
+
+
+def _count(value: Any, counted: Dict[int, int]) -> int:
+    """How many values a value holds; ``counted`` has those of lists and mappings, by their id."""
+    if not isinstance(value, (list, dict)):
+        return 1
+    if id(value) not in counted:
+        inside = value.values() if isinstance(value, dict) else value
+        counted[id(value)] = 1 + sum(_count(x, counted) for x in inside)
+    return counted[id(value)]
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, (list, dict)):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _keys(x)
 
 
 def _found(base: Any, filename: str) -> Any:

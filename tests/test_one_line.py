@@ -37,3 +37,15 @@ def test_whoever_is_not_the_first_says_nothing(capsys):
     with pytest.raises(SystemExit) as stop, in_one_line(False, lambda: False):
         raise UserError("what another process says too")
     assert stop.value.code == 1 and capsys.readouterr().err == ""
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop, in_one_line(debug=False):
+        tmp_path.read_text()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    with pytest.raises(BrokenPipeError), in_one_line(debug=False):
+        raise BrokenPipeError

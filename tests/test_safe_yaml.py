@@ -122,7 +122,17 @@ def test_a_base_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
         ("", "holds None, expected config keys"),
         ("[1, 2]", "expected config keys"),
         ("MODEL: [", "line 1"),
-        ("A: " + "[" * 3000, "config.yaml"),
+        ("A: " + "[" * 3000, "config.yaml: nested too deeply"),
+        ("A: &a [*a]", "nested too deeply"),
+        (
+            "\n".join(
+                f"A{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)
+            ),
+            "holds 5e.08 values",
+        ),
+        ("A: 2026-13-45", "month must be"),
+        ("1: 2", "1 is no key"),
+        ("MODEL: {BACKBONE: {3: 4}}", "3 is no key"),
     ],
 )
 def test_broken_files_get_one_line(tmp_path, content, words):
@@ -131,6 +141,12 @@ def test_broken_files_get_one_line(tmp_path, content, words):
     with pytest.raises(UserError, match=words) as error:
         config(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"MODEL: \xff")
+    with pytest.raises(UserError, match="config.yaml: is no text"):
+        read_yaml(str(tmp_path / "config.yaml"))
 
 
 def test_configs_of_the_first_version_are_upgraded(tmp_path):

@@ -148,5 +148,10 @@ def _saved_run(path: str) -> SavedRun:
             "version cannot continue: train it anew in another OUTPUT_DIR, from its weights with "
             "MODEL.WEIGHTS"
         )
-    ranks = data.get("run_state", {}).get("ranks", [])
-    return SavedRun(path, trainer["iteration"] + 1, len(ranks))
+    iteration, state = trainer["iteration"], data.get("run_state", {})
+    if type(iteration) is not int or iteration < 0 or not isinstance(state, dict):
+        raise Unreadable("its iteration or the state of its run is not what d2kd writes")
+    ranks, scalars = state.get("ranks", []), state.get("scalars", {})
+    if not isinstance(ranks, list) or not isinstance(scalars, dict):
+        raise Unreadable("the state of its run is not what d2kd writes")
+    return SavedRun(path, iteration + 1, len(ranks))

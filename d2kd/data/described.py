@@ -184,7 +184,7 @@ def _read_voc(names: str, annotations: str, mtime: int) -> _Annotations:
         try:
             objects = ElementTree.fromstring(content).findall("object")
             classes.update(obj.findtext("name") or "" for obj in objects)
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise UserError(
                 f"{path} is not valid XML ({error}): was it copied completely?"
             ) from error

@@ -10,6 +10,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from d2kd.errors import UserError
+from d2kd.safe_yaml import plain_yaml
 
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -37,8 +38,8 @@ def open_split(path: str, split: str) -> YoloSplit:
     with open(path, "rb") as f:
         text = f.read()
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = plain_yaml(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content.get(split):
         raise UserError(f"{path} has no '{split}': give the key that says where the images are")
@@ -96,7 +97,7 @@ def _label_file(image: str) -> str:
 def _entry(number: int, image: str, num_classes: int) -> Dict[str, Any]:
     try:
         width, height = _size(image)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"image {image} cannot be read ({error}): repair it") from error
     label = _label_file(image)
     boxes = _boxes(label, (width, height), num_classes) if os.path.isfile(label) else []

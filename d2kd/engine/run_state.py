@@ -11,6 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from d2kd.errors import UserError, reason
 from d2kd.layers import RandomStream
 
 from .metrics import Scalars, recent_scalars
@@ -69,10 +70,22 @@ class RunState(HookBase):
         self.saved_teacher = state.get("teacher", self.teacher)
 
     def restore(self) -> None:
-        """Puts this rank's saved state in force; nothing where another number of ranks saved it."""
+        """Puts this rank's saved state in force; nothing where another number of ranks saved it.
+
+        Raises:
+            UserError: if it is not what d2kd writes.
+        """
         if len(self._ranks) != comm.get_world_size():
             return
-        state = self._ranks[comm.get_rank()]
+        try:
+            self._restore(self._ranks[comm.get_rank()])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            raise UserError(
+                f"the checkpoint to resume has random states that d2kd does not write ({reason(e)})"
+                ": write the name of another one into last_checkpoint, or train anew"
+            ) from e
+
+    def _restore(self, state: Dict[str, Any]) -> None:
         version, keys, gauss = state["python"]
         random.setstate((version, tuple(keys), gauss))
         name, keys, *rest = state["numpy"]

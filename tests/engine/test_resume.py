@@ -244,3 +244,35 @@ def test_a_finished_run_is_left_as_it_is(cfg, command, capsys):
     assert command() is None
     assert contents(cfg) == before
     assert "nothing is left to do" in capsys.readouterr().out
+
+
+def tampered(cfg, change):
+    """Changes what the newest checkpoint holds, and writes it anew."""
+    path = newest_checkpoint(cfg.OUTPUT_DIR).path
+    data = torch.load(path, weights_only=True)
+    change(data)
+    torch.save(data, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["trainer"].update(iteration="5"),
+        lambda data: data["trainer"].update(iteration=-100),
+        lambda data: data["trainer"].update(iteration=torch.ones(2)),
+        lambda data: data.update(run_state=[1]),
+        lambda data: data["run_state"].update(ranks=3),
+        lambda data: data["run_state"].update(scalars=[]),
+    ],
+)
+def test_a_checkpoint_that_d2kd_has_not_written_so_is_passed_over(cfg, change):
+    assert newest_checkpoint(cfg.OUTPUT_DIR).steps == 6
+    tampered(cfg, change)
+    assert newest_checkpoint(cfg.OUTPUT_DIR).steps == 3
+
+
+def test_random_states_that_are_none_are_refused(cfg, command):
+    tampered(cfg, lambda data: data["run_state"].update(ranks=[{}]))
+    before = contents(cfg)
+    assert "random states that d2kd does not write (KeyError: 'python')" in command()
+    assert contents(cfg) == before
