@@ -160,6 +160,11 @@ def check_config(cfg: CfgNode) -> None:
     defaults = get_cfg()
     add_distill_config(defaults)
     check_finite(cfg, defaults)
+    if cfg.MODEL.LOAD_PROPOSALS:  # a pickle, which Detectron2 reads by running what it says
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS is True: files of proposals can run code when they are read; set "
+            "it to False, and give the detector an RPN"
+        )
     check_node(cfg.MODEL, MODEL_KEYS, "MODEL")
     if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
         raise UserError(

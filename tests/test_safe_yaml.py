@@ -176,3 +176,11 @@ def test_lists_on_the_command_line(word, value):
 def test_methods_are_named_as_in_a_yaml():
     cfg = read_config("shapes/frs/fcos_tiny.yaml", ["DISTILL.METHODS", "[FRS, PKD]"])
     assert list(cfg.DISTILL.METHODS) == ["FRS", "PKD"]
+
+
+def test_files_of_proposals_are_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "MODEL: {LOAD_PROPOSALS: True}\nDATASETS: {PROPOSAL_FILES_TRAIN: ['proposals.pkl']}\n"
+    )
+    with pytest.raises(UserError, match="LOAD_PROPOSALS is True: .* can run code"):
+        read_config(str(tmp_path / "mine.yaml"))
