@@ -30,7 +30,7 @@ from d2kd.modeling.backbone import use_p7_without_relu
 from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS, NODES
 from d2kd.safe_yaml import read_value, read_yaml
-from d2kd.schema import Key, check_finite, check_node, config_node
+from d2kd.schema import Key, check_finite, check_node, config_node, refuse_nodes
 
 DISTILL_KEYS = {
     "METHODS": Key([], "The methods to train with, by name; none = the plain student", item=str),
@@ -295,6 +295,7 @@ def _merge(cfg: CfgNode, path: str, opts: Sequence, opts_key: str) -> None:
     with _in_one_line(cfg, path):
         _merge_file(cfg, path)
     with _in_one_line(cfg, opts_key):
+        refuse_nodes(cfg, opts)
         cfg.merge_from_list(list(opts))
 
 

@@ -56,10 +56,10 @@ def read_value(word: Any) -> Any:
         word: as typed.
 
     Returns:
-        a list or mapping for a word in brackets that is none in Python; any other word as it is,
-        for yacs to read.
+        a list for a word in brackets that is none in Python; any other word as it is, for yacs to
+        read.
     """
-    if not isinstance(word, str) or word.lstrip()[:1] not in ("[", "{"):
+    if not isinstance(word, str) or not word.lstrip().startswith("["):
         return word
     try:
         ast.literal_eval(word)
@@ -101,24 +101,28 @@ def plain_yaml(text: Union[str, bytes], loader: Type[yaml.SafeLoader] = yaml.Saf
             once its aliases are written out.
         RecursionError: if it is nested too deeply, or holds itself.
     """
+    reader = loader(text)
     try:
-        content = yaml.load(text, Loader=loader)
-        values = _count(content, {})
+        node = reader.get_single_node()
+        values = _count(node, {})
+        if values > _MOST_VALUES:
+            raise yaml.YAMLError(f"holds {values:.0e} values once its aliases are written out")
+        return None if node is None else reader.construct_document(node)
     except ValueError as e:
         raise yaml.YAMLError(str(e)) from e
-    if values > _MOST_VALUES:
-        raise yaml.YAMLError(f"holds {values:.0e} values once its aliases are written out")
-    return content
+    finally:
+        reader.dispose()
 
 
-def _count(value: Any, counted: Dict[int, int]) -> int:
-    """How many values a value holds; ``counted`` has those of lists and mappings, by their id."""
-    if not isinstance(value, (list, dict)):
+def _count(node: Any, counted: Dict[yaml.Node, int]) -> int:
+    """How many nodes there are below a node of YAML, or a pair of a mapping, and with it."""
+    if not isinstance(node, (tuple, yaml.CollectionNode)):
         return 1
-    if id(value) not in counted:
-        inside = value.values() if isinstance(value, dict) else value
-        counted[id(value)] = 1 + sum(_count(x, counted) for x in inside)
-    return counted[id(value)]
+    if isinstance(node, tuple):
+        return sum(_count(x, counted) for x in node)
+    if node not in counted:
+        counted[node] = 1 + sum(_count(x, counted) for x in node.value)
+    return counted[node]
 
 
 def _keys(value: Any) -> Iterator[Any]:

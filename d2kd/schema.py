@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from detectron2.config import CfgNode
 
@@ -145,6 +145,24 @@ def check_node(node: CfgNode, keys: Keys, prefix: str) -> None:
             wrong.append(f"{name} is {value!r}: {problem}")
     if wrong:
         raise UserError("; ".join(wrong))
+
+
+def refuse_nodes(cfg: CfgNode, opts: Sequence) -> None:
+    """
+    Args:
+        cfg: that they are for.
+        opts: KEY VALUE ...
+
+    Raises:
+        UserError: for the key of a node, all of whose values would be lost.
+    """
+    for key in opts[::2]:
+        try:
+            node = get_value(cfg, key)
+        except (KeyError, TypeError):  # no key at all, which yacs says
+            continue
+        if isinstance(node, CfgNode):
+            raise UserError(f"{key} holds keys, not a value: give one of them, {key}.{min(node)}")
 
 
 def check_finite(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:

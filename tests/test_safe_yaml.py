@@ -11,6 +11,7 @@ from d2kd.errors import UserError
 from d2kd.model_zoo import resolve_config
 from d2kd.safe_yaml import list_comprehension, read_value, read_yaml
 
+MERGES = [f"A{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40)]
 ATTACKS = {
     "apply": "!!python/object/apply:os.system ['touch {mark}']",
     "new": "!!python/object/new:os.system ['touch {mark}']",
@@ -130,6 +131,7 @@ def test_a_base_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
             ),
             "holds 5e.08 values",
         ),
+        ("\n".join(["A0: &a0 {x: 1}", *MERGES]), "values once"),
         ("A: 2026-13-45", "month must be"),
         ("1: 2", "1 is no key"),
         ("MODEL: {BACKBONE: {3: 4}}", "3 is no key"),
@@ -160,6 +162,7 @@ def test_configs_of_the_first_version_are_upgraded(tmp_path):
     [
         ("[FRS, PKD]", ["FRS", "PKD"]),
         ("[{json: a.json, images: b}]", [{"json": "a.json", "images": "b"}]),
+        ("{MAX_ITER: 3}", "{MAX_ITER: 3}"),
         ("['FRS']", "['FRS']"),  # yacs reads what is Python
         ("[1, 2e-5]", "[1, 2e-5]"),
         ("FRS", "FRS"),
@@ -184,3 +187,9 @@ def test_files_of_proposals_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="LOAD_PROPOSALS is True: .* can run code"):
         read_config(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("value", ["{MAX_ITER: 3}", "{'MAX_ITER': 3}", "3"])
+def test_the_values_of_a_node_are_not_replaced_by_a_few(value):
+    with pytest.raises(UserError, match="SOLVER holds keys, not a value: give one of them, SOLVER"):
+        read_config("shapes/frs/fcos_tiny.yaml", ["SOLVER", value])

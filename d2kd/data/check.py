@@ -11,6 +11,7 @@ from detectron2.utils.file_io import PathManager
 
 from d2kd.data.annotations import EMPTY_SIDE
 from d2kd.data.classes import class_names_of
+from d2kd.data.images import refuse_outside
 from d2kd.data.sets import (
     LOADING_ERRORS,
     data_root,
@@ -192,13 +193,7 @@ def _check_inside(dicts: List[dict], names: Iterable[str], key: str) -> None:
     roots = [MetadataCatalog.get(name).get("image_root") for name in names]
     if not all(roots):
         return
-    folders = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
-    for path in (d["file_name"] for d in dicts if "file_name" in d):
-        if not os.path.abspath(path).startswith(folders):
-            raise UserError(
-                f"{key}: image '{path}' is outside of the image folder {' or '.join(roots)}: "
-                "correct 'file_name' in the annotation file, or register the folder of all images"
-            )
+    refuse_outside(dicts, roots, key)
 
 
 def _check_image_folders(dicts: List[dict], key: str = "DATASETS.TRAIN") -> None:

@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_voc_instances
 
+from d2kd.data.images import refuse_outside
 from d2kd.data.yolo import load_yolo, open_split
 from d2kd.errors import UserError
 
@@ -220,9 +221,11 @@ def _load_coco(path: str, images: str, name: str) -> List[Dict[str, Any]]:
     logger = logging.getLogger("detectron2.data.datasets.coco")
     logger.addFilter(_is_news)
     try:
-        return load_coco_json(path, images, name)
+        dicts = load_coco_json(path, images, name)
     finally:
         logger.removeFilter(_is_news)
+    refuse_outside(dicts, [images], path)  # here, so that every command does
+    return dicts
 
 
 def _is_news(record: logging.LogRecord) -> bool:

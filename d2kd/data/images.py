@@ -1,6 +1,7 @@
 """What is wrong with the files of images: each is read as training would read it."""
 
-from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
+import os
+from typing import Any, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from d2kd.data.findings import ERROR, WARNING, Finding
-from d2kd.errors import reason
+from d2kd.errors import UserError, reason
 
 # Pillow's modes of more than 8 bits per channel, of which Detectron2 makes white where they exceed
 # 255. (A colour PNG of 16 bits is none of these: Pillow keeps its upper 8.)
@@ -47,6 +48,25 @@ def too_deep(path: str) -> Optional[ImageProblem]:
         f"has more than 8 bits per channel (Pillow's mode {mode}), of which Detectron2 would make "
         "white: write it with 8 bits, scaled as you choose",
     )
+
+
+def refuse_outside(dicts: Iterable[Mapping[str, Any]], folders: Sequence[str], source: str) -> None:
+    """
+    Args:
+        dicts: in Detectron2's format.
+        folders: that all images are below.
+        source: where the dicts come from, for the message.
+
+    Raises:
+        UserError: for an image that is elsewhere.
+    """
+    below = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    for path in (d["file_name"] for d in dicts if "file_name" in d):
+        if not os.path.abspath(path).startswith(below):
+            raise UserError(
+                f"{source}: image '{path}' is outside of the image folder {' or '.join(folders)}: "
+                "correct 'file_name' in the annotation file, or register the folder of all images"
+            )
 
 
 def check_image(entry: Mapping[str, Any]) -> Optional[ImageProblem]:

@@ -62,9 +62,10 @@ def write_run_config(cfg: CfgNode) -> None:
 
 
 def config_of_run(folder: str) -> str:
-    """The path of a run's config: ``config.py`` if that is there, else ``config.yaml``."""
-    path = os.path.join(folder, CONFIG_PROGRAM)
-    return path if os.path.isfile(path) else os.path.join(folder, CONFIG_YAML)
+    """The path of a run's config: ``config.py``, a program, only without a ``config.yaml``."""
+    path = os.path.join(folder, CONFIG_YAML)
+    program = os.path.join(folder, CONFIG_PROGRAM)
+    return program if os.path.isfile(program) and not os.path.isfile(path) else path
 
 
 def refuse_short(cfg: CfgNode, saved: SavedRun) -> None:

@@ -103,8 +103,9 @@ def open_run(path: str) -> TrainedRun:
 
 
 def _student_file(folder: str) -> str:
-    path = os.path.join(folder, STUDENT_PROGRAM)
-    return path if os.path.isfile(path) else os.path.join(folder, STUDENT_YAML)
+    """A program is read only where there is no YAML: a folder's files may come from anybody."""
+    path, program = (os.path.join(folder, name) for name in (STUDENT_YAML, STUDENT_PROGRAM))
+    return program if os.path.isfile(program) and not os.path.isfile(path) else path
 
 
 def _last(folder: str) -> Optional[str]:

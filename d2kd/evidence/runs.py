@@ -21,7 +21,6 @@ from d2kd.engine.run_config import config_file
 from d2kd.errors import UserError
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
-from d2kd.one_line import Terminated
 
 from .rows import Row, folder_of
 
@@ -123,11 +122,10 @@ def _stopped_together(running: "Sequence[Optional[_Training]]") -> Iterator[None
     """When this process is asked to stop, the running ones save what they have, and end first."""
     try:
         yield
-    except KeyboardInterrupt as asked:
+    except KeyboardInterrupt:
         processes = [x.process for x in running if x is not None]
-        if isinstance(asked, Terminated):  # Ctrl-C has reached them already
-            for process in processes:
-                process.terminate()
+        for process in processes:
+            process.terminate()
         for process in processes:
             process.wait()
         raise
@@ -182,7 +180,11 @@ class _Training:
         self._started = time.perf_counter()
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            words, stdout=self._said, stderr=subprocess.STDOUT, env=environment
+            words,
+            stdout=self._said,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
         )
 
     def new_steps(self) -> int:

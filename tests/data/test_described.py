@@ -142,3 +142,14 @@ def test_broken_json_is_told(tmp_path, entry):
 def test_described_is_written_by_d2kd_alone(entry):
     with pytest.raises(UserError, match="DATASETS.DESCRIBED has"):
         read(entry, (), "DATASETS.DESCRIBED", "[{'name': 'x'}]")
+
+
+@pytest.mark.parametrize("name", ["../1.jpg", "/1.jpg"])
+def test_an_image_outside_of_the_folder_is_refused_by_whatever_reads_the_set(tmp_path, name):
+    entry = write(tmp_path / "mine.json")
+    content = json.loads((tmp_path / "mine.json").read_text())
+    content["images"][0]["file_name"] = name
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    (dataset,) = read(entry).DATASETS.TRAIN
+    with pytest.raises(UserError, match="mine.json: image .* is outside of the image folder"):
+        DatasetCatalog.get(dataset)

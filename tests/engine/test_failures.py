@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from d2kd.engine.failures import told
 from d2kd.errors import UserError
 
-# What gloo said of a process that was stopped, in one of fifteen cases without its own name
+# What gloo said of a process that was stopped, in one of 26 cases without its own name
 GLOO = [
     "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out",
     "Application timeout caused pair closure",
