@@ -308,7 +308,9 @@ def _in_one_line(cfg: CfgNode, source: str) -> Iterator[None]:
         raise
     except (KeyError, AssertionError) as e:
         raise UserError(f"{source}: {_wrong_key(cfg, str(e))}") from e
-    except (ValueError, TypeError, AttributeError, OSError) as e:
+    except (RecursionError, MemoryError) as e:  # of Python's own parser
+        raise UserError(f"{source}: a value is nested too deeply") from e
+    except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as e:
         raise UserError(f"{source}: {' '.join(str(e).split())}") from e
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 from d2kd.errors import UserError
 
@@ -16,7 +16,22 @@ LOGGERS = ("fvcore", "detectron2", "d2kd")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command in the way of Ctrl-C."""
+    """A signal that ends a command in the way of Ctrl-C.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def stop_signals() -> Tuple[int, ...]:
+    """What asks this process to end: SIGTERM, Ctrl-C, and a terminal that closes, unless the
+    process was started to ignore that, as by nohup."""
+    hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hung_up else []))
 
 
 def exit_status(signal_number: int) -> int:
@@ -27,8 +42,8 @@ def exit_status(signal_number: int) -> int:
 @contextlib.contextmanager
 def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Ends the process with one line and status 1 for a :class:`UserError` or a file that cannot be
-    used, with 130 for Ctrl-C, with 143 for SIGTERM. (While it trains, a run has its own way to
-    stop.)
+    used, with 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. (While it trains, a run has its own
+    way to stop.)
 
     Args:
         debug: let their tracebacks through.
@@ -36,7 +51,7 @@ def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Ite
             printed one.
     """
     try:
-        with _sigterm_raised():
+        with _signals_raised():
             yield
     except (UserError, OSError) as error:
         of_a_file = isinstance(error, OSError) and error.filename is not None
@@ -50,30 +65,47 @@ def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Ite
     except KeyboardInterrupt as asked:
         if debug:
             raise
-        number = signal.SIGTERM if isinstance(asked, Terminated) else signal.SIGINT
-        if is_first():
-            print(f"Stopped by {number.name}: what was saved stays", file=sys.stderr, flush=True)
+        number = asked.number if isinstance(asked, Terminated) else signal.SIGINT
+        with handled(signal.SIG_IGN, stop_signals()):  # once more says nothing new
+            if is_first():
+                name = signal.Signals(number).name
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print(f"Stopped by {name}: what was saved stays", file=sys.stderr, flush=True)
         sys.exit(exit_status(number))
 
 
 @contextlib.contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """Inside of it SIGTERM raises :class:`Terminated`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _signals_raised() -> Iterator[None]:
+    """Inside of it signals that ask to stop raise :class:`Terminated`, Ctrl-C as always."""
     owner = os.getpid()
 
     def receive(number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() == owner:
-            raise Terminated
+            raise Terminated(number)
         os._exit(exit_status(number))  # a process that this one has forked
 
-    before = signal.signal(signal.SIGTERM, receive)
+    with handled(receive, [number for number in stop_signals() if number != signal.SIGINT]):
+        yield
+
+
+@contextlib.contextmanager
+def handled(handler: Any, numbers: Sequence[int]) -> Iterator[None]:
+    """Inside of it signals are handled in another way, if this is the main thread, which alone may
+    say so.
+
+    Args:
+        handler: as for ``signal.signal``.
+        numbers: of the signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(number, signal.signal(number, handler)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, its_handler in before:
+            signal.signal(number, its_handler)
 
 
 def _drop_full_logs() -> None:

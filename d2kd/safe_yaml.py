@@ -18,6 +18,7 @@ from d2kd.model_zoo import CONFIG_DIRS, ZOO_DIRS, find_config
 _EXPRESSION_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _MAX_LENGTH = 200  # characters of that expression
 _MAX_POWER = 16
+_MOST_FILES = 100  # that a config is based on
 _MOST_VALUES = 1_000_000  # of a file, however few aliases say so
 
 _OPERATIONS: Dict[type, Callable] = {
@@ -42,11 +43,9 @@ def read_yaml(path: str) -> Dict[str, Any]:
             on what is nowhere.
     """
     try:
-        return _PlainYaml.load_yaml_with_base(path, allow_unsafe=False)
+        return _reader().load_yaml_with_base(path, allow_unsafe=False)
     except RecursionError as e:
-        raise UserError(
-            f"{path}: nested too deeply, or its _BASE_ leads back to a file that is based on it"
-        ) from e
+        raise UserError(f"{path}: nested too deeply") from e
 
 
 def read_value(word: Any) -> Any:
@@ -69,11 +68,24 @@ def read_value(word: Any) -> Any:
     return word
 
 
+def _reader() -> Type[CfgNode]:
+    """What reads one config with all that it is based on."""
+    return type("_Reader", (_PlainYaml,), {"opened": 0})
+
+
 class _PlainYaml(CfgNode):
     """Hands fvcore's reader files in which plain values alone are left."""
 
+    opened: int
+
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
+        cls.opened += 1
+        if cls.opened > _MOST_FILES:  # twelve files can ask for each other a million times
+            raise UserError(
+                f"{filename}: its {BASE_KEY} leads back to a file that is based on it, or to more "
+                f"than {_MOST_FILES} files"
+            )
         try:
             with super()._open_cfg(filename) as f:
                 content = plain_yaml(f.read(), _Loader)
@@ -108,8 +120,8 @@ def plain_yaml(text: Union[str, bytes], loader: Type[yaml.SafeLoader] = yaml.Saf
         if values > _MOST_VALUES:
             raise yaml.YAMLError(f"holds {values:.0e} values once its aliases are written out")
         return None if node is None else reader.construct_document(node)
-    except ValueError as e:
-        raise yaml.YAMLError(str(e)) from e
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as e:  # dates, numbers
+        raise yaml.YAMLError(f"a value cannot be read ({e})") from e
     finally:
         reader.dispose()
 

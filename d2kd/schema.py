@@ -1,12 +1,16 @@
 """Config keys with what their values may be: one declaration, one check, one kind of message."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from detectron2.config import CfgNode
 
 from d2kd.errors import UserError, nearest
+
+# A zero byte, and what Python makes of bytes that are no UTF-8
+_NOT_UTF8 = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,8 @@ def check_finite(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
         prefix: its place in a larger config, with a dot at the end.
 
     Raises:
-        UserError: for a value that is missing (None) where the default is not, or that is NaN or
-            infinite.
+        UserError: for a value that is missing (None) where the default is not, that is NaN,
+            infinite or of more than 64 bits, or a text that no file can have.
     """
     for name, value in cfg.items():
         default = defaults.get(name)
@@ -184,11 +188,25 @@ def check_finite(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
             )
         elif value is None and default is not None:
             raise UserError(f"{prefix}{name} has no value: the default is {default!r}")
-        elif not all(math.isfinite(x) for x in _numbers(value)) and value != default:
-            raise UserError(f"{prefix}{name} is {value!r}: give finite numbers")
+        elif value != default:
+            problem = next(filter(None, map(_problem_of_scalar, _scalars(value))), None)
+            if problem:
+                raise UserError(f"{prefix}{name} is {value!r:.60}: {problem}")
 
 
-def _numbers(value: Any) -> List[float]:
+def _scalars(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
-        return [x for entry in value for x in _numbers(entry)]
-    return [value] if isinstance(value, float) else []
+        for entry in value:
+            yield from _scalars(entry)
+    else:
+        yield value
+
+
+def _problem_of_scalar(value: Any) -> Optional[str]:
+    if isinstance(value, str) and _NOT_UTF8.search(value):
+        return "give text in UTF-8, without a zero byte"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "give a number below 2^63"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "give finite numbers"
+    return None

@@ -9,7 +9,9 @@ from d2kd.errors import UserError
 from d2kd.one_line import in_one_line
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_is_one_line(capsys, number, status):
     before = signal.getsignal(number)
     cleaned = []
@@ -21,6 +23,27 @@ def test_a_signal_is_one_line(capsys, number, status):
     assert stop.value.code == status and cleaned
     assert capsys.readouterr().err == f"Stopped by {number.name}: what was saved stays\n"
     assert signal.getsignal(number) == before
+
+
+def test_a_closing_terminal_is_ignored_where_nohup_has_it_ignored(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with in_one_line(debug=False):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_signal_while_the_line_is_printed_changes_nothing(capsys):
+    def again():
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    with pytest.raises(SystemExit) as stop, in_one_line(False, again):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "Stopped by SIGINT: what was saved stays\n"
 
 
 def test_a_forked_process_ends_at_the_signal_without_a_word(capfd):

@@ -133,6 +133,10 @@ def test_a_base_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
         ),
         ("\n".join(["A0: &a0 {x: 1}", *MERGES]), "values once"),
         ("A: 2026-13-45", "month must be"),
+        ("A: !!timestamp abc", "a value cannot be read"),
+        ("A: 1" + ":1" * 200 + ".5", "a value cannot be read"),
+        ("SOLVER: {MAX_ITER: 1" + "0" * 400 + "}", "MAX_ITER is 10+: give a number below"),
+        ('OUTPUT_DIR: "a\\0b"', "OUTPUT_DIR is 'a.*: give text in UTF-8"),
         ("1: 2", "1 is no key"),
         ("MODEL: {BACKBONE: {3: 4}}", "3 is no key"),
     ],
@@ -142,6 +146,24 @@ def test_broken_files_get_one_line(tmp_path, content, words):
     path.write_text(content)
     with pytest.raises(UserError, match=words) as error:
         config(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_ask_for_each_other_many_times(tmp_path):
+    """Two more of each at every step: 2^12 readings."""
+    for i in range(12):
+        (tmp_path / f"{i}.yaml").write_text(f"_BASE_: [{i + 1}.yaml, {i + 1}.yaml]\n")
+    (tmp_path / "12.yaml").write_text("SEED: 1\n")
+    with pytest.raises(UserError, match="its _BASE_ leads back .* or to more than 100 files"):
+        read_yaml(str(tmp_path / "0.yaml"))
+
+
+@pytest.mark.parametrize(
+    "word", ["1" + "+1j" * 5000, "-" * 100_000 + "1", "(" * 100_000, "[!!timestamp abc]"]
+)
+def test_odd_words_on_the_command_line_get_one_line(word):
+    with pytest.raises(UserError, match="^command line: ") as error:
+        read_config("shapes/frs/fcos_tiny.yaml", ["SEED", word])
     assert "\n" not in str(error.value)
 
 

@@ -133,9 +133,12 @@ def test_every_key_of_a_method_is_explained_and_its_default_is_right(method):
         (None, "A.B has no value: the default is 1.0"),
         (math.nan, "A.B is nan: give finite numbers"),
         ([1.0, [math.inf]], r"A.B is \[1.0, \[inf\]\]: give finite numbers"),
+        (10**400, "A.B is 10+: give a number below 2\\^63"),
+        ("a\0b", r"A.B is 'a\\x00b': give text in UTF-8, without a zero byte"),
+        (["\udce9"], "A.B is .*: give text in UTF-8"),
     ],
 )
-def test_missing_and_infinite_values_are_refused(value, message):
+def test_values_that_cannot_be_used_are_refused(value, message):
     defaults = CfgNode({"A": {"B": 1.0}})
     with pytest.raises(UserError, match=message):
         check_finite(CfgNode({"A": {"B": value}}), defaults)

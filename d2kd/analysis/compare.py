@@ -206,7 +206,7 @@ def _lines(path: str) -> Iterator[Dict[str, Any]]:
     if os.path.isfile(path):
         with open(path) as f:
             for line in f:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     yield json.loads(line)
 
 

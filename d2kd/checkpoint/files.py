@@ -7,12 +7,15 @@ from typing import Any, Tuple
 
 import torch
 
+from .nesting import Endless, refuse_endless
 from .pickles import ForeignObject, read_pickle
 
 # What torch.save writes first: a zip archive, or (before 1.6, and for what MMDetection publishes) a
 # pickled number, of which these are the last bytes.
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"
+_LEGACY_PICKLES = 5  # that number, the version, the machine, the content, the names of the storages
+_BEFORE_TEXT = b"\xef\xbb\xbf \t\r\n"  # UTF-8's mark, and spaces
 _OPENMMLAB = ("mmengine.", "mmcv.", "mmdet.", "mmrazor.")
 
 
@@ -33,24 +36,34 @@ def read_file(path: str) -> Tuple[Any, bool]:
         Unreadable: if it is something else, is damaged, or holds objects that only code could
             build.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+        raise Unreadable("is no file")
     with open(path, "rb") as f:
         head = f.read(256)
     if not head:
         raise Unreadable("the file is empty, not a checkpoint")
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip(_BEFORE_TEXT)[:1] == b"<":
         raise Unreadable("is a web page, not a checkpoint: download the file that the page links")
+    if head[8:9] == b"{":
+        raise Unreadable(
+            "is a file of safetensors: turn it into one of torch's, "
+            "torch.save(safetensors.torch.load_file(...), ...)"
+        )
     try:
         if head.startswith(_ZIP_MAGIC):
             _check_archive(path)
             return _torch_load(path), False
-        if _LEGACY_MAGIC in head[:32]:
-            return _torch_load(path), False
         with open(path, "rb") as f:
-            return read_pickle(f), True
+            if _LEGACY_MAGIC not in head[:32]:
+                return read_pickle(f), True
+            refuse_endless(f, _LEGACY_PICKLES)
+        return _torch_load(path), False
     except Unreadable:
         raise
     except ForeignObject as e:
         raise Unreadable(_foreign(str(e))) from e
+    except Endless as e:
+        raise Unreadable(f"is no checkpoint: its pickle {e}") from e
     except Exception as e:  # whatever a damaged file makes a reader raise
         # The text of torch's own errors advises to switch its safe reading off.
         raise Unreadable(
@@ -70,12 +83,19 @@ def _torch_load(path: str) -> Any:
 
 
 def _check_archive(path: str) -> None:
-    """The checksum of every record; torch does not look at them."""
+    """The checksum of every record, at which torch does not look, and its size."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            records = archive.infolist()
+            if any(record.filename.endswith("/constants.pkl") for record in records):
                 raise Unreadable("is a TorchScript program, not a checkpoint: save its state_dict")
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise Unreadable("is a compressed archive, not a checkpoint: unpack it first")
             damaged = archive.testzip()
+            for record in records if damaged is None else ():
+                if record.filename.endswith(".pkl"):
+                    with archive.open(record) as f:
+                        refuse_endless(f)
     except zipfile.BadZipFile as e:
         raise Unreadable(f"truncated or damaged, not a checkpoint ({e})") from e
     if damaged is not None:

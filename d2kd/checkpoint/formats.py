@@ -1,8 +1,12 @@
 """From whatever a file holds to what Detectron2's checkpointer fills a model from."""
 
 import logging
+import os
 from collections import Counter
 from typing import Any, Collection, Dict, Mapping, Tuple
+
+import numpy as np
+import torch
 
 from d2kd.errors import UserError
 
@@ -14,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 # In a file of d2kd's: the names of the student's classes, in order
 CLASSES = "classes"
+# Endings of the names of what has to be real numbers
+_WEIGHTS = (".weight", ".bias", ".running_mean", ".running_var")
+_MOST_PER_BYTE = 64  # numbers in tensors, some of which share what is stored
 _BOTTOM_UP = "backbone.bottom_up."
 
 
@@ -37,11 +44,13 @@ def read_checkpoint(path: str, names: Collection[str] = ()) -> Dict[str, Any]:
     data, is_pickle = read_file(path)
     _expect_dict(data)
     if is_pickle:
-        return data if "model" in data and "__author__" in data else _from_caffe2(data)
+        is_of_zoo = "model" in data and "__author__" in data
+        _expect_weights(data["model"] if is_of_zoo else data.get("blobs", data), path)
+        return data if is_of_zoo else _from_caffe2(data)
+    state = data.get("model_state", data.get("model", data.get("state_dict", data)))
+    _expect_weights(state, path)
     if "model_state" in data:
-        return _matched_by_ending(data["model_state"], "pycls")
-    state = data.get("model", data.get("state_dict", data))
-    _expect_dict(state)
+        return _matched_by_ending(state, "pycls")
     if is_mmdet(state) and not is_mmdet(names):
         return _from_mmdet(state, data.get("meta"))
     if _is_torchvision(state) and not _is_torchvision(names):
@@ -52,6 +61,32 @@ def read_checkpoint(path: str, names: Collection[str] = ()) -> Dict[str, Any]:
 def _expect_dict(data: Any) -> None:
     if not isinstance(data, dict):
         raise Unreadable(f"holds a {type(data).__name__} where a state dict is expected")
+
+
+def _expect_weights(state: Any, path: str) -> None:
+    """
+    Raises:
+        Unreadable: if a state dict is none, or has weights that are no plain numbers.
+    """
+    _expect_dict(state)
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise Unreadable(f"its state dict has the key {name!r:.40}, expected names")
+        if name.endswith(_WEIGHTS) and not _is_weight(value):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise Unreadable(f"its '{name}' is no plain tensor of real numbers ({kind})")
+    tensors = [x for x in state.values() if isinstance(x, torch.Tensor)]
+    numbers, size = sum(x.numel() for x in tensors), os.path.getsize(path)
+    if numbers > _MOST_PER_BYTE * size:  # tensors that repeat what is stored once
+        raise Unreadable(f"its tensors have {numbers:,} numbers, and the file {size:,} bytes")
+
+
+def _is_weight(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind == "f"
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.is_nested:
+        return False
+    return value.is_floating_point() and value.layout == torch.strided
 
 
 def _matched_by_ending(state: Mapping[str, Any], author: str) -> Dict[str, Any]:
@@ -110,5 +145,10 @@ def class_names_in(path: str) -> Tuple[str, ...]:
         data, _ = read_file(path)
     except Unreadable as e:
         raise UserError(f"'{path}' {e}") from e
-    names = data.get(CLASSES, ()) if isinstance(data, dict) else ()
+    return classes_in(data) if isinstance(data, dict) else ()
+
+
+def classes_in(checkpoint: Mapping[str, Any]) -> Tuple[str, ...]:
+    """The class names in what a checkpoint of d2kd's holds; none if it holds none."""
+    names = checkpoint.get(CLASSES)
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()

@@ -27,7 +27,7 @@ _LEFT_OUT = {
     r"bbox_head\.integral\.project": "the numbers 0, 1, 2, ...",
     r"(teacher|teacher_model|distiller)\..*": "not the student's",
 }
-_SCALE = re.compile(r"bbox_head\.scales\.(\d+)\.scale")
+_SCALE = re.compile(r"bbox_head\.scales\.(\d{1,2})\.scale")
 _TOWER_WEIGHT = re.compile(r"head\.(cls|bbox)_subnet\.\d+\.weight")
 
 

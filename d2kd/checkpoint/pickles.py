@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, Callable, Dict, Tuple
 
 import numpy as np
 
+from .nesting import refuse_endless
+
 # bool, integers, floats, complex numbers, bytes and text
 _DATA = "biufcSU"
 
@@ -29,9 +31,12 @@ def read_pickle(file: BinaryIO) -> Any:
 
     Raises:
         ForeignObject: if it holds anything else; the message is its name.
-        Exception: whatever a damaged pickle leads to.
+        Exception: whatever a damaged or endless pickle leads to.
     """
-    return _arrays(_DataUnpickler(file, encoding="latin1").load())
+    start = file.tell()
+    refuse_endless(file)
+    file.seek(start)
+    return _arrays(_DataUnpickler(file, encoding="latin1").load(), {})
 
 
 class _DType:
@@ -111,12 +116,18 @@ class _DataUnpickler(pickle.Unpickler):
         raise ForeignObject("data outside the pickle")
 
 
-def _arrays(value: Any) -> Any:
-    """Puts the arrays where their stand-ins are."""
+def _arrays(value: Any, done: Dict[int, Any]) -> Any:
+    """Puts the arrays where their stand-ins are.
+
+    Args:
+        value: what the pickle holds, kept until all is done.
+        done: what has been made of a container, by its id: one may occur in many places.
+    """
     if isinstance(value, _Array):
         return value.value
-    if isinstance(value, dict):
-        return {k: _arrays(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_arrays(v) for v in value)
-    return value
+    if isinstance(value, (dict, list, tuple)) and id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {k: _arrays(v, done) for k, v in value.items()}
+        else:
+            done[id(value)] = type(value)(_arrays(v, done) for v in value)
+    return done.get(id(value), value)

@@ -17,7 +17,7 @@ from d2kd.errors import UserError
 from .downloads import check_hash, is_address, offline_advice
 from .files import Unreadable
 from .finite import refuse_not_finite
-from .formats import CLASSES, read_checkpoint
+from .formats import CLASSES, classes_in, read_checkpoint
 from .verify import verify
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     unfilled: Sequence[str] = ()
     left_over: Sequence[str] = ()
     meta: Optional[Mapping] = None
-    classes: Optional[Sequence[str]] = None
+    classes: Sequence[str] = ()
     iteration: Optional[int] = None
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
@@ -65,7 +65,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         state = checkpoint["model"]
         by_name = not ("__author__" in checkpoint or checkpoint.get("matching_heuristics"))
         sources, self.meta = checkpoint.pop("sources", {}), checkpoint.pop("meta", None)
-        self.classes = checkpoint.pop(CLASSES, None)
+        self.classes = classes_in(checkpoint)
+        checkpoint.pop(CLASSES, None)
         if isinstance(checkpoint.get("iteration"), int):  # Detectron2 counts from 0
             self.iteration = checkpoint["iteration"] + 1
         incompatible = super()._load_model(checkpoint)
@@ -182,7 +183,7 @@ def load_trained_weights(
         )
     refuse_not_finite(detector, key, path)
     source = f"{key} is '{path}', read into the detector of {config}"
-    meta = checkpointer.meta or {"CLASSES": checkpointer.classes}
+    meta = checkpointer.meta or {"CLASSES": checkpointer.classes or None}
     verdict = verify(meta, detector, source, input_format, class_names, compared_by)
     return ", ".join([*_origin(path, checkpointer.iteration), verdict])
 

@@ -99,7 +99,8 @@ def _overview() -> str:
 
 
 def _run(command: Command, words: List[str]) -> None:
-    module = module_of(command)
+    with in_one_line(debug=False):  # Ctrl-C while Detectron2 and torch are imported
+        module = module_of(command)
     parser = make_parser(command, module)
     with _said_once():
         args = parser.parse_intermixed_args(words)  # overrides may stand anywhere

@@ -18,6 +18,7 @@ from d2kd.data.findings import ERROR, WARNING, Finding
 
 _NUMBERS = frozenset((int, float))
 _MOST = 1e12  # more is no coordinate; NaN and infinity are not below it either
+_LARGEST_ID = 2**63
 _IDS = ("id", "image_id", "category_id")
 # Pixels by which a box may leave its image: boxes are rounded
 _SLACK = 1.0
@@ -62,13 +63,14 @@ def check_annotations(
     findings = [
         *lists,
         *broken_images,
-        *_ids(annotations, path),
+        *_ids(annotations, path, evaluated),
         *_references(data, path),
         *_needed(annotations, path, evaluated, masks),
     ]
     are_boxes = [_is_box(a.get("bbox")) for a in annotations]
     findings += [_no_box(a, path) for a, is_box in zip(annotations, are_boxes) if not is_box]
     if not any(finding.severity == ERROR for finding in broken_images):
+        findings += _run_lengths(images, annotations, path) if masks else ()
         with_box = [a for a, is_box in zip(annotations, are_boxes) if is_box]
         findings += _placement(_boxes(images, with_box), path)
     return findings
@@ -124,7 +126,7 @@ def _images(images: Sequence[Any], path: str) -> Iterator[Finding]:
         if not isinstance(name, str) or not name:
             text = f"its 'file_name' is {name!r}, expected a path below the folder of the images"
             yield Finding("image without a file name", ERROR, path, text, image["id"])
-        if not all(type(side) is int and side > 0 for side in sides):
+        if not all(type(side) is int and 0 < side < _MOST for side in sides):
             text = f"'width' and 'height' are {sides}, expected pixels"
             yield Finding("image without a size", ERROR, path, text, image["id"])
     yield from _twice(images, path, "id", "images", "only one of them would be used")
@@ -149,15 +151,20 @@ def _twice(
             yield Finding(f"duplicate {key} of {what}", severity, path, text)
 
 
-def _ids(annotations: Sequence[Mapping[str, Any]], path: str) -> Iterator[Finding]:
+def _ids(annotations: Sequence[Mapping[str, Any]], path: str, evaluated: bool) -> Iterator[Finding]:
     # Detectron2 accepts duplicates in COCO's own minival files, which have some
     severity = WARNING if "minival" in path else ERROR
     consequence = "only one of them would be evaluated"
     yield from _twice(annotations, path, "id", "annotations", consequence, severity)
     for position, annotation in enumerate(annotations):
+        image = annotation.get("image_id")
         if "id" not in annotation:
             text = f"number {position} of 'annotations' has no 'id': give each its own number"
-            yield Finding("annotation without an id", ERROR, path, text, annotation.get("image_id"))
+            yield Finding("annotation without an id", ERROR, path, text, image)
+        elif evaluated and not _is_id(annotation["id"]):
+            text = f"number {position} of 'annotations' has the 'id' {annotation['id']!r:.40}"
+            text += ", which COCO's evaluation cannot count: give each its own number"
+            yield Finding("id of an annotation that is no number", ERROR, path, text, image)
 
 
 def _references(data: Mapping[str, Any], path: str) -> Iterator[Finding]:
@@ -183,7 +190,7 @@ def _categories(categories: Sequence[Mapping[str, Any]], path: str) -> Iterator[
     if not categories:
         yield Finding("no class", ERROR, path, "its 'categories' are empty: name the classes")
     for position, category in enumerate(categories):
-        if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
+        if not _is_id(category.get("id")) or not isinstance(category.get("name"), str):
             text = f"number {position} of 'categories' lacks 'id' or 'name': {category!r:.80}"
             yield Finding("category without id and name", ERROR, path, text)
     yield from _twice(categories, path, "id", "categories", "only one of them would be used")
@@ -201,7 +208,8 @@ def _needed(
         if masks and not a.get("segmentation"):
             text = "has no 'segmentation', which MODEL.MASK_ON needs"
             yield _of("annotation without segmentation", ERROR, path, text, a)
-        if type(a.get("area", 0)) not in _NUMBERS:
+        area = a.get("area", 0)
+        if type(area) not in _NUMBERS or not -_MOST < area < _MOST:
             text = f"its 'area' is {a['area']!r:.40}, expected square pixels"
             yield _of("area that is no number", ERROR, path, text, a)
         if a.get("iscrowd", 0) not in (0, 1):
@@ -212,12 +220,38 @@ def _needed(
             yield _of("annotation to be ignored", ERROR, path, text, a)
 
 
+def _run_lengths(
+    images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], path: str
+) -> Iterator[Finding]:
+    """Masks as run lengths: decoded, they have the size that they say."""
+    sizes = {image["id"]: [image["height"], image["width"]] for image in images}
+    for a in annotations:
+        mask, size = a.get("segmentation"), sizes.get(a.get("image_id"))
+        if isinstance(mask, dict) and size and not _is_mask(mask, size):
+            text = f"'segmentation' is {mask!r:.60}, expected 'counts' and the 'size' {size}"
+            yield _of("mask that is none", ERROR, path, text, a)
+
+
+def _is_mask(mask: Mapping[str, Any], size: List[int]) -> bool:
+    """Whether it is run lengths of a mask (H, W) of a size."""
+    counts = mask.get("counts")
+    if isinstance(counts, list):
+        lengths = [x for x in counts if type(x) is int and x >= 0]
+        if len(lengths) < len(counts) or sum(lengths) != size[0] * size[1]:
+            return False
+    return mask.get("size") == size and isinstance(counts, (str, list))
+
+
+def _is_id(value: Any) -> bool:
+    """Whether it is a whole number that an array can hold."""
+    return type(value) is int and -_LARGEST_ID <= value < _LARGEST_ID
+
+
 def _is_box(box: Any) -> bool:
     """Whether it is four finite numbers."""
     if not _is_four_numbers(box):
         return False
-    x, y, width, height = box
-    return -_MOST < x + y < _MOST and -_MOST < width + height < _MOST
+    return all(-_MOST < value < _MOST for value in box)
 
 
 def _is_four_numbers(box: Any) -> bool:

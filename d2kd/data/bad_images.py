@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 from detectron2.data import DatasetMapper
 
 from d2kd.data.findings import ERROR
-from d2kd.data.images import check_image, too_deep
+from d2kd.data.images import A_STRIP, check_image, too_deep
 from d2kd.errors import UserError
 
 # In a sample: (file, what is wrong with it) of images that could not be read for it
@@ -54,8 +54,8 @@ def mapped(entry: Dict[str, Any], mapper: Mapper, refuse_deep: bool) -> Optional
         return mapper(entry)
     except Exception as error:
         problem = check_image(entry)
-        if problem is None or problem.severity != ERROR:  # the image is not to blame
-            raise
+        if problem is None or (problem.severity != ERROR and problem.kind != A_STRIP):
+            raise  # the image is not to blame
         raise CannotRead(problem.message) from error
 
 

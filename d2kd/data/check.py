@@ -92,7 +92,9 @@ def _check_quickly(dicts: List[dict], names: Sequence[str], key: str, skipped: i
         skipped: how many images may be bad.
     """
     if not all(map(has_annotation_file, names)):
-        refuse_errors(findings_in_dicts(dicts, names[0]), key)
+        # Several sets may have the same numbers for their images
+        numbered = dicts if len(names) == 1 else [{**d, "image_id": i} for i, d in enumerate(dicts)]
+        refuse_errors(findings_in_dicts(numbered, names[0]), key)
     bad = quick_look(dicts)
     if len(bad) > skipped:
         refuse_errors(bad, key)

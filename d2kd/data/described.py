@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
 from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
@@ -22,6 +22,8 @@ from detectron2.data.datasets import load_coco_json, load_voc_instances
 from d2kd.data.images import refuse_outside
 from d2kd.data.yolo import load_yolo, open_split
 from d2kd.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 _EXAMPLE = (
     "{json: instances_train.json, images: photographs}, {voc: folder, split: trainval} or "
@@ -157,7 +159,7 @@ def _read(path: str, mtime: int, size: int) -> _Annotations:
         data = json.loads(content)
         categories = sorted(data["categories"], key=lambda category: category["id"])
         classes = tuple(category["name"] for category in categories)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): was it copied completely?") from error
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -211,10 +213,29 @@ def _register(name: str, classes: List[str], **files: str) -> None:
     else:
         load = functools.partial(_load_coco, files["json"], files["images"], name)
         places = {"json_file": files["json"], "image_root": files["images"]}
-    DatasetCatalog.register(name, load)
+    DatasetCatalog.register(name, functools.partial(_load, load, name, files))
     MetadataCatalog.get(name).set(
         **places, files=files, evaluator_type="coco", thing_classes=list(classes)
     )
+
+
+def _load(load: Callable[[], List[Dict[str, Any]]], name: str, files: Mapping[str, str]) -> List:
+    dicts = load()
+    digest = _digest_now(name, files)
+    if not name.endswith(f"_{digest[:8]}"):
+        _logger.warning(
+            f"The annotations of {name} ({', '.join(files.values())}) have changed since they got "
+            f"that name: they are read as they are now ({digest[:8]})"
+        )
+    return dicts
+
+
+def _digest_now(name: str, files: Mapping[str, str]) -> str:
+    if "json" in files:  # as it is, since it may be large
+        with open(files["json"], "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+    (keys,) = (keys for keys in _KINDS if set(keys) == set(files))
+    return _KINDS[keys](name, **files)["name"].rpartition("_")[2]
 
 
 def _load_coco(path: str, images: str, name: str) -> List[Dict[str, Any]]:

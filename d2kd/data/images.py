@@ -19,6 +19,11 @@ _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 
+# Width over height, or height over width, from which resizing may leave nothing of an image
+_STRIP = 50
+A_STRIP = "image that is a strip"
+
+
 class ImageProblem(NamedTuple):
     """What is wrong with the file of an image."""
 
@@ -102,6 +107,9 @@ def _unreadable_or_odd(path: str, entry: Mapping[str, Any]) -> Optional[ImagePro
     expected = (entry.get("width", width), entry.get("height", height))
     if expected != (width, height):
         return _other_size((width, height), expected, raw, orientation)
+    if max(width, height) > _STRIP * min(width, height):
+        text = f"is {width} x {height}: resized to a training size, nothing may be left of it"
+        return ImageProblem(A_STRIP, text, WARNING)
     if orientation in (*range(2, 9),):
         text = f"EXIF orientation {orientation} is applied on reading: its boxes must be of the "
         return ImageProblem("image with an EXIF orientation", text + "upright image", WARNING)

@@ -202,6 +202,7 @@ def _leave_signals_to_trainer() -> None:
     """A worker goes on until the process that trains has done its last step, whoever else sends
     signals to a whole group of processes. That process may end it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -17,7 +17,16 @@ from d2kd.errors import UserError
 logger = logging.getLogger(__name__)
 
 # What reading a data set ends in if its files are not as they should be
-LOADING_ERRORS = (OSError, AssertionError, LookupError, ValueError, TypeError, AttributeError)
+LOADING_ERRORS = (
+    OSError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 MAX_ERROR_LENGTH = 200  # characters of somebody else's message that are passed on
 # Images that are opened before a run starts: enough to notice what all of them have
 _SAMPLE = 8
@@ -56,7 +65,7 @@ def read_annotations(path: str) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: if it is none.
+        ValueError, RecursionError: if it is none.
     """
     with PathManager.open(path, "r") as f:
         return json.load(f)
@@ -72,7 +81,7 @@ def findings_in_file(name: str, evaluated: bool, masks: bool) -> List[Finding]:
     path = MetadataCatalog.get(name).json_file
     try:
         data = read_annotations(path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         text = f"is not valid JSON ({error}): was it copied completely?"
         return [Finding("file that is no JSON", ERROR, path, text)]
     return check_annotations(data, path, evaluated, masks)
@@ -136,7 +145,7 @@ def _images_of_file(name: str) -> List[Dict[str, Any]]:
             read_annotations(metadata.json_file)["images"] if has_annotation_file(name) else []
         )
         entries = [e for e in entries if isinstance(e.get("file_name"), str)]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except LOADING_ERRORS:
         return []
     root = metadata.get("image_root", "")
     return [

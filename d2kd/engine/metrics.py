@@ -106,6 +106,6 @@ def has_lines_from(path: str, iteration: int) -> bool:
 def _iteration(line: bytes) -> float:
     try:
         content: Any = json.loads(line)
-        return content["iteration"]
-    except (ValueError, TypeError, KeyError):
+        return float(content["iteration"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return float("inf")

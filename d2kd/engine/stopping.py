@@ -1,13 +1,12 @@
-"""SIGTERM and Ctrl-C: the step ends, the run is saved, and the process says how to go on."""
+"""SIGTERM, SIGHUP and Ctrl-C: the step ends, the run is saved, and the process says how to go
+on."""
 
 import contextlib
 import io
 import logging
 import os
 import shlex
-import signal
 import sys
-import threading
 from datetime import timedelta
 from types import FrameType
 from typing import Iterator, List, Optional, Tuple
@@ -20,11 +19,9 @@ from detectron2.utils import comm
 from torch.multiprocessing import get_context
 
 from d2kd.errors import UserError
-from d2kd.one_line import exit_status
+from d2kd.one_line import exit_status, handled, stop_signals
 
 logger = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -49,15 +46,8 @@ class Signals:
         """Inside of it the first signal is a request, and the second one ends the process. One of
         several is not ended: whoever started it passes signals on, and ends it if need be."""
         self.received, self._owner = 0, os.getpid()
-        if threading.current_thread() is not threading.main_thread():
+        with handled(self._receive, stop_signals()):
             yield
-            return
-        before = [(number, signal.signal(number, self._receive)) for number in SIGNALS]
-        try:
-            yield
-        finally:
-            for number, handler in before:
-                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._owner:  # a worker that loads data
@@ -186,12 +176,5 @@ def passed_on() -> Iterator[List[int]]:
         if len(received) > 1:
             os._exit(exit_status(number))
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled(receive, stop_signals()):
         yield received
-        return
-    before = [(number, signal.signal(number, receive)) for number in SIGNALS]
-    try:
-        yield received
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)

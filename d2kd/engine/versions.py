@@ -36,7 +36,7 @@ def recorded_versions(folder: str) -> List[Dict[str, Any]]:
     try:
         with open(os.path.join(folder, VERSIONS)) as f:
             starts = json.load(f)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return starts if isinstance(starts, list) else []
 

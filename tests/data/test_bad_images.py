@@ -79,6 +79,17 @@ def test_the_file_is_named(files, damage, workers):
     assert any(f"image {path} cannot be read (" in message for path in files[3:])
 
 
+def test_an_image_of_which_resizing_leaves_nothing_is_named(files):
+    dicts = DatasetCatalog.get("small_train")
+    wide = next(d for d in dicts if d["width"] > d["height"])
+    Image.new("RGB", (4000, 1)).save(wide["file_name"])
+    wide.update(width=4000, height=1)
+    with pytest.raises(UserError, match=f"image {wide['file_name']} .*is 4000 x 1: .*nothing"):
+        first_epoch(loader(0, dataset=dicts), files)
+    batches = first_epoch(loader(1, dataset=dicts), files)
+    assert all(d["file_name"] != wide["file_name"] for batch in batches for d in batch)
+
+
 @pytest.mark.parametrize("grouping", [True, False])
 def test_skipped_up_to_a_limit_and_counted(files, grouping, caplog):
     bad = {files[3], files[8]}

@@ -62,6 +62,22 @@ def test_the_name_is_made_of_the_content(entry, tmp_path):
     assert read(entry).DATASETS.TRAIN != read(changed).DATASETS.TRAIN
 
 
+def test_a_file_that_changed_after_it_got_its_name_is_told(entry, tmp_path, caplog):
+    (name,) = read(entry).DATASETS.TRAIN
+    DatasetCatalog.get(name)
+    assert "have changed" not in caplog.text
+    write(tmp_path / "mine.json", category_id=3)
+    DatasetCatalog.get(name)
+    assert f"The annotations of {name} " in caplog.text and "have changed" in caplog.text
+
+
+def test_json_that_is_nested_without_end_is_told(entry):
+    with open(entry["json"], "w") as f:
+        f.write("[" * 200_000)
+    with pytest.raises(UserError, match="mine.json is not valid JSON"):
+        read(entry)
+
+
 def test_one_file_does_not_describe_two_folders(entry, tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="DATASETS.TEST: the same annotations as those of another"):

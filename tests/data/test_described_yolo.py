@@ -59,6 +59,22 @@ def test_the_name_follows_the_boxes(data, tmp_path):
     assert changed != before
 
 
+def test_two_sets_are_trained_together(data, tmp_path):
+    """Both number their images from 0."""
+    sets = [{"yolo": str(data), "split": split} for split in ("train", "val")]
+    cfg = read_config(FCOS, ["DATASETS.TRAIN", repr(sets), "DATASETS.TEST", repr(sets[:1])])
+    assert len(load_training_dicts(cfg)) == 2
+
+
+def test_boxes_that_changed_after_the_set_got_its_name_are_told(data, tmp_path, caplog):
+    (name,) = read(data).DATASETS.TRAIN
+    DatasetCatalog.get(name)
+    assert "have changed" not in caplog.text
+    (tmp_path / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    DatasetCatalog.get(name)
+    assert f"The annotations of {name} " in caplog.text and "have changed" in caplog.text
+
+
 def test_a_list_of_paths_and_a_root(data, tmp_path):
     (tmp_path / "list.txt").write_text("images/val/a.jpg\n")
     path = write(tmp_path, path=str(tmp_path), val="list.txt", names=["cat", "dog"])

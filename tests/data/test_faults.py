@@ -19,7 +19,12 @@ from d2kd.data.sets import look_into
 from d2kd.errors import UserError
 
 # Only evaluation needs these
-OF_EVALUATION = {"area missing", "iscrowd missing"}
+OF_EVALUATION = {
+    "area missing",
+    "iscrowd missing",
+    "annotation id of another kind",
+    "annotation id NaN",
+}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from small_run import start
 from d2kd.engine import DistillTrainer
 from d2kd.engine.stopping import command_to_resume
 
-STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 def send(number):
