@@ -134,6 +134,7 @@ def test_a_base_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
         ("\n".join(["A0: &a0 {x: 1}", *MERGES]), "values once"),
         ("A: 2026-13-45", "month must be"),
         ("A: !!timestamp abc", "a value cannot be read"),
+        ("VERSION: two", "VERSION is 'two': Detectron2's are 1 and 2"),
         ("A: 1" + ":1" * 200 + ".5", "a value cannot be read"),
         ("SOLVER: {MAX_ITER: 1" + "0" * 400 + "}", "MAX_ITER is 10+: give a number below"),
         ('OUTPUT_DIR: "a\\0b"', "OUTPUT_DIR is 'a.*: give text in UTF-8"),

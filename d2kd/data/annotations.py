@@ -122,6 +122,12 @@ def _images(images: Sequence[Any], path: str) -> Iterator[Finding]:
             text = f"number {position} of 'images' has no 'id'"
             yield Finding("image without an id", ERROR, path, text)
             continue
+        if not (_is_id(image["id"]) or isinstance(image["id"], str)):
+            text = (
+                f"number {position} of 'images' has the 'id' {image['id']!r:.40}, expected a number"
+            )
+            yield Finding("image without an id", ERROR, path, text)
+            continue
         name, sides = image.get("file_name"), [image.get("width"), image.get("height")]
         if not isinstance(name, str) or not name:
             text = f"its 'file_name' is {name!r}, expected a path below the folder of the images"
@@ -165,6 +171,10 @@ def _ids(annotations: Sequence[Mapping[str, Any]], path: str, evaluated: bool) -
             text = f"number {position} of 'annotations' has the 'id' {annotation['id']!r:.40}"
             text += ", which COCO's evaluation cannot count: give each its own number"
             yield Finding("id of an annotation that is no number", ERROR, path, text, image)
+        elif evaluated and annotation["id"] == 0:
+            text = "has the 'id' 0, by which COCO's evaluation means none: what is found of it "
+            text += "counts as wrong; number from 1"
+            yield _of("annotation with the id 0", WARNING, path, text, annotation)
 
 
 def _references(data: Mapping[str, Any], path: str) -> Iterator[Finding]:
@@ -191,7 +201,9 @@ def _categories(categories: Sequence[Mapping[str, Any]], path: str) -> Iterator[
         yield Finding("no class", ERROR, path, "its 'categories' are empty: name the classes")
     for position, category in enumerate(categories):
         if not _is_id(category.get("id")) or not isinstance(category.get("name"), str):
-            text = f"number {position} of 'categories' lacks 'id' or 'name': {category!r:.80}"
+            text = (
+                f"number {position} of 'categories' has no usable 'id' or 'name': {category!r:.80}"
+            )
             yield Finding("category without id and name", ERROR, path, text)
     yield from _twice(categories, path, "id", "categories", "only one of them would be used")
 

@@ -109,6 +109,8 @@ IN_JSON = {
     "iscrowd missing": (without("annotations", 3, "iscrowd"), "annotation 21 .*no 'iscrowd'"),
     "annotation id missing": (without("annotations", 3, "id"), "number 3 of 'annotations'"),
     "annotation id of another kind": (at("annotations", 3, "id", value="x7"), "'id' 'x7'"),
+    "annotation id 0": (at("annotations", 0, "id", value=0), "'id' 0, by which COCO"),
+    "image id NaN": (at("images", 1, "id", value=float("nan")), "number 1 of 'images' .*nan"),
     "annotation id NaN": (at("annotations", 3, "id", value=float("nan")), "'id' nan"),
     "category id too large": (
         lambda data: data["categories"].append({"id": 2**70, "name": "cow"}),
@@ -127,6 +129,7 @@ IN_JSON = {
 }
 # Which are dubious, but may be meant
 DUBIOUS = {
+    "annotation id 0",
     "no annotations",
     "annotations empty",
     "box outside",

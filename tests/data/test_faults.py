@@ -24,6 +24,7 @@ OF_EVALUATION = {
     "iscrowd missing",
     "annotation id of another kind",
     "annotation id NaN",
+    "annotation id 0",
 }
 
 
