@@ -46,8 +46,8 @@ def read_rows(config_file: str) -> List[Row]:
 def read_table(path: str) -> List[Row]:
     """Reads a file of ablations: one recipe, and what each row changes in it.
 
-    Its keys are ``BASE``, the recipe; ``ROWS``, which maps the label of a row to the full config
-    keys that it changes and their values, ``{}`` for the recipe itself; and, optionally,
+    Its keys are ``BASE``, the recipe; ``ROWS``, which maps the label of a row to the config keys
+    that it changes, in full or nested as in a config, ``{}`` for the recipe itself; and, optionally,
     ``PLAIN``, the config of the student alone. A row may have a ``BASE`` of its own. Paths are
     relative to the file.
 
@@ -73,9 +73,17 @@ def read_table(path: str) -> List[Row]:
             )
         own = _beside(path, changes, "BASE") if "BASE" in changes else base
         changes = {key: value for key, value in changes.items() if key != "BASE"}
-        opts = [word for key, value in changes.items() for word in (str(key), _word(value))]
-        rows.append(Row(str(label), own, opts))
+        rows.append(Row(str(label), own, _opts(changes)))
     return rows
+
+
+def _opts(changes: Dict[str, Any], node: str = "") -> List[str]:
+    """KEY VALUE KEY VALUE ... of a mapping below a node."""
+    opts: List[str] = []
+    for key, value in changes.items():
+        nested = isinstance(value, dict)
+        opts += _opts(value, f"{node}{key}.") if nested else [f"{node}{key}", _word(value)]
+    return opts
 
 
 def _read_mapping(path: str) -> Dict[str, Any]:

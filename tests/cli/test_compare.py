@@ -54,6 +54,15 @@ def test_rows_of_a_table(tmp_path):
     assert read_rows(RECIPE)[0][1:] == rows[3][1:]
 
 
+def test_keys_of_a_row_may_be_nested_as_in_a_config(tmp_path):
+    path = tmp_path / "table.yaml"
+    path.write_text(
+        f"BASE: {RECIPE}\nROWS: {{a: {{SOLVER: {{MAX_ITER: 9, STEPS: [1]}}, SEED: 2}}}}"
+    )
+    (row,) = read_table(str(path))
+    assert row.opts == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "[1]", "SEED", "2"]
+
+
 def test_a_row_may_have_a_base_of_its_own(tmp_path):
     path = tmp_path / "mine.yaml"
     text = (
