@@ -1,6 +1,7 @@
 """What a run says of itself before its first step and behind its last one."""
 
 import os
+import shlex
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -93,10 +94,11 @@ def closing(cfg: CfgNode) -> str:
         last = f"{history[-1][1]:.2f} at the end, "
         rows.append([metric, f"{last}{best[1]:.2f} at best, after {best[0]} iterations"])
     rows.append(["the course of it", f"{METRICS}, {LOG}, {VERSIONS}, and TensorBoard's events"])
+    word = shlex.quote(folder)
     rows += [
-        ["next", f"d2kd report {folder}"],
-        ["", f"d2kd eval {folder}"],
-        ["", f"d2kd predict {folder} IMAGE"],
-        ["", f"d2kd export {folder}"],
+        ["next", f"d2kd report {word}"],
+        ["", f"d2kd eval {word}"],
+        ["", f"d2kd predict {word} IMAGE"],
+        ["", f"d2kd export {word}"],
     ]
     return f"Done, in {folder}:\n{tabulate(rows, tablefmt='plain')}"

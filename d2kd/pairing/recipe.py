@@ -1,6 +1,7 @@
 """The YAML that a student, a teacher and methods amount to."""
 
 import ast
+import contextlib
 import os
 from typing import Any, Dict, List, Mapping, Sequence
 
@@ -10,6 +11,7 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, written_whole
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
+from d2kd.safe_yaml import plain_yaml
 
 from .pair import Pair
 
@@ -126,8 +128,8 @@ def write_recipe(folder: str, content: Mapping[str, Any], comments: Sequence[str
 
 
 def _refuse_other(path: str, content: Mapping[str, Any]) -> None:
-    with open(path) as f:
-        if yaml.safe_load(f) == content:
+    with open(path, "rb") as f, contextlib.suppress(yaml.YAMLError, RecursionError):
+        if plain_yaml(f.read()) == content:
             return
     raise UserError(
         f"{path} is of another run, with other detectors, methods or settings: give another "
