@@ -317,8 +317,6 @@ def _in_one_line(cfg: CfgNode, source: str) -> Iterator[None]:
 def _merge_file(cfg: CfgNode, path: str) -> None:
     """As ``cfg.merge_from_file`` does, but nothing in the file is run."""
     loaded = CfgNode(read_yaml(path))
-    if loaded.get("VERSION") not in (None, 1, 2):
-        raise UserError(f"{path}: VERSION is {loaded['VERSION']!r:.40}: Detectron2's are 1 and 2")
     version = loaded.get("VERSION") or guess_version(loaded, path)
     if version == cfg.VERSION:
         cfg.merge_from_other_cfg(loaded)

@@ -39,13 +39,16 @@ def read_yaml(path: str) -> Dict[str, Any]:
         its content, merged with that of the files it is based on.
 
     Raises:
-        UserError: if it is no YAML, has no keys, has a tag that only code could read, or is based
-            on what is nowhere.
+        UserError: if it is no YAML, has no keys, has a tag that only code could read, is of no
+            version of Detectron2's configs, or is based on what is nowhere.
     """
     try:
-        return _reader().load_yaml_with_base(path, allow_unsafe=False)
+        content = _reader().load_yaml_with_base(path, allow_unsafe=False)
     except RecursionError as e:
         raise UserError(f"{path}: nested too deeply") from e
+    if content.get("VERSION") not in (None, 1, 2):
+        raise UserError(f"{path}: VERSION is {content['VERSION']!r:.40}: Detectron2's are 1 and 2")
+    return content
 
 
 def read_value(word: Any) -> Any:

@@ -47,9 +47,9 @@ def read_table(path: str) -> List[Row]:
     """Reads a file of ablations: one recipe, and what each row changes in it.
 
     Its keys are ``BASE``, the recipe; ``ROWS``, which maps the label of a row to the config keys
-    that it changes, in full or nested as in a config, ``{}`` for the recipe itself; and, optionally,
-    ``PLAIN``, the config of the student alone. A row may have a ``BASE`` of its own. Paths are
-    relative to the file.
+    that it changes, in full or nested as in a config, ``{}`` for the recipe itself; and,
+    optionally, ``PLAIN``, the config of the student alone. A row may have a ``BASE`` of its own.
+    Paths are relative to the file.
 
     Args:
         path: of the file.
