@@ -59,8 +59,8 @@ def load_training_dicts(cfg, load: Optional[Callable[[], List[dict]]] = None) ->
     names = cfg.DATASETS.TRAIN
     try:
         dicts = load() if load else _load_filtered(cfg)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"DATASETS.TRAIN: {error}") from error
     except LOADING_ERRORS as error:
         raise UserError(f"DATASETS.TRAIN: {why_not_loaded(error, names)}") from error
     if not isinstance(dicts, list):
@@ -135,6 +135,8 @@ def check_evaluation(cfg, kinds: Optional[Collection[str]]) -> None:
     for name in cfg.DATASETS.TEST:
         try:
             dicts = DatasetCatalog.get(name)
+        except UserError as error:
+            raise UserError(f"DATASETS.TEST: {error}") from error
         except LOADING_ERRORS as error:
             raise UserError(f"DATASETS.TEST: {why_not_loaded(error, [name])}") from error
         kind = MetadataCatalog.get(name).get("evaluator_type", "none")

@@ -185,17 +185,37 @@ def _read_voc(names: str, annotations: str, mtime: int) -> _Annotations:
         if path == names:
             continue
         try:
-            objects = ElementTree.fromstring(content).findall("object")
-            classes.update(obj.findtext("name") or "" for obj in objects)
+            root = ElementTree.fromstring(content)
+            classes.update(obj.findtext("name") or "" for obj in root.findall("object"))
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise UserError(
                 f"{path} is not valid XML ({error}): was it copied completely?"
             ) from error
         if "" in classes:
             raise UserError(f"{path} has an object without a name: name its class")
+        _check_numbers(root, path)
     if not classes:
         raise UserError(f"{annotations} names no class: give an XML with objects per image")
     return _Annotations(digest.hexdigest(), tuple(sorted(classes)))
+
+
+def _check_numbers(root: ElementTree.Element, path: str) -> None:
+    """
+    Raises:
+        UserError: for an XML without the size of its image, or with a corner that is no number.
+    """
+    places = [f"size/{side}" for side in ("width", "height")]
+    numbers = {place: root.findtext(place) for place in places}
+    for obj in root.findall("object"):
+        for corner in ("xmin", "ymin", "xmax", "ymax"):
+            numbers[f"bndbox/{corner} of '{obj.findtext('name')}'"] = obj.findtext(
+                f"bndbox/{corner}"
+            )
+    for place, text in numbers.items():
+        try:
+            float(text or "")
+        except ValueError:
+            raise UserError(f"{path}: {place} is {text!r}, expected pixels") from None
 
 
 def _register(name: str, classes: List[str], **files: str) -> None:

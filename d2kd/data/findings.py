@@ -18,7 +18,7 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         places = (("annotation", self.annotation), ("image", self.image))
-        where = " of ".join(f"{name} {id!r}" for name, id in places if id is not None)
+        where = " of ".join(f"{name} {id}" for name, id in places if id is not None)
         return ": ".join(filter(None, [self.file, where, self.message]))
 
 

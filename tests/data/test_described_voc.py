@@ -67,6 +67,12 @@ def test_a_saved_config_and_a_changed_file(folder, tmp_path):
         ("ImageSets/Main/val.txt", None, "val.txt does not exist: give a folder laid out"),
         ("Annotations/1.xml", "<annotation>", "1.xml is not valid XML"),
         ("Annotations/1.xml", XML.format(name=""), "1.xml has an object without a name"),
+        ("Annotations/1.xml", "<annotation/>", "1.xml: size/width is None, expected pixels"),
+        (
+            "Annotations/1.xml",
+            XML.format(name="cat").replace("<xmin>", "<xmin>x"),
+            "1.xml: bndbox/xmin of 'cat' is 'x.*', expected pixels",
+        ),
     ],
 )
 def test_faults_are_told(folder, name, content, words):
