@@ -61,6 +61,8 @@ def _follow(file: BinaryIO) -> None:
             stack.append(None)
         elif op.name == "DUP":
             stack.append(stack[-1])
+        elif not op.stack_before:  # numbers and text, most of all
+            stack.extend([_EMPTY] for _ in op.stack_after)
         else:
             taken = _take(stack, op)
             if op.name in _FILLS:
