@@ -30,7 +30,7 @@ from d2kd.modeling.backbone import use_p7_without_relu
 from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS, NODES
 from d2kd.safe_yaml import read_value, read_yaml
-from d2kd.schema import Key, check_finite, check_node, config_node, refuse_nodes
+from d2kd.schema import Key, check_values, check_node, config_node, refuse_nodes
 
 DISTILL_KEYS = {
     "METHODS": Key([], "The methods to train with, by name; none = the plain student", item=str),
@@ -159,7 +159,7 @@ def check_config(cfg: CfgNode) -> None:
     """
     defaults = get_cfg()
     add_distill_config(defaults)
-    check_finite(cfg, defaults)
+    check_values(cfg, defaults)
     if cfg.MODEL.LOAD_PROPOSALS:  # a pickle, which Detectron2 reads by running what it says
         raise UserError(
             "MODEL.LOAD_PROPOSALS is True: files of proposals can run code when they are read; set "

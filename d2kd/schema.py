@@ -169,7 +169,7 @@ def refuse_nodes(cfg: CfgNode, opts: Sequence) -> None:
             raise UserError(f"{key} holds keys, not a value: give one of them, {key}.{min(node)}")
 
 
-def check_finite(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
+def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
     """
     Args:
         cfg: any config.
@@ -183,7 +183,7 @@ def check_finite(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
     for name, value in cfg.items():
         default = defaults.get(name)
         if isinstance(value, CfgNode):
-            check_finite(
+            check_values(
                 value, default if isinstance(default, CfgNode) else value, f"{prefix}{name}."
             )
         elif value is None and default is not None:

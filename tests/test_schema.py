@@ -9,7 +9,7 @@ from toys import STUDENTS, config
 from d2kd.config import add_distill_config, check_config
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
-from d2kd.schema import Key, check_finite, check_node, config_node, walk
+from d2kd.schema import Key, check_values, check_node, config_node, walk
 
 KEYS = {
     "COUNT": Key(3, low=1),
@@ -141,12 +141,12 @@ def test_every_key_of_a_method_is_explained_and_its_default_is_right(method):
 def test_values_that_cannot_be_used_are_refused(value, message):
     defaults = CfgNode({"A": {"B": 1.0}})
     with pytest.raises(UserError, match=message):
-        check_finite(CfgNode({"A": {"B": value}}), defaults)
+        check_values(CfgNode({"A": {"B": value}}), defaults)
 
 
 def test_what_is_infinite_or_missing_by_default_may_stay():
     defaults = CfgNode({"A": None, "B": [0.0, math.inf]})
-    check_finite(defaults.clone(), defaults)
+    check_values(defaults.clone(), defaults)
 
 
 def test_values_are_checked_when_a_config_is_read():
