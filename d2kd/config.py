@@ -30,7 +30,7 @@ from d2kd.modeling.backbone import use_p7_without_relu
 from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS, NODES
 from d2kd.safe_yaml import read_value, read_yaml
-from d2kd.schema import Key, check_values, check_node, config_node, refuse_nodes
+from d2kd.schema import Key, check_node, check_values, config_node, refuse_nodes
 
 DISTILL_KEYS = {
     "METHODS": Key([], "The methods to train with, by name; none = the plain student", item=str),

@@ -9,7 +9,7 @@ from toys import STUDENTS, config
 from d2kd.config import add_distill_config, check_config
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
-from d2kd.schema import Key, check_values, check_node, config_node, walk
+from d2kd.schema import Key, check_node, check_values, config_node, walk
 
 KEYS = {
     "COUNT": Key(3, low=1),

@@ -240,6 +240,7 @@ def _register(name: str, classes: List[str], **files: str) -> None:
 
 
 def _load(load: Callable[[], List[Dict[str, Any]]], name: str, files: Mapping[str, str]) -> List:
+    """The dicts of a set, with a warning if its annotations are no longer those of its name."""
     dicts = load()
     digest = _digest_now(name, files)
     if not name.endswith(f"_{digest[:8]}"):
