@@ -33,6 +33,7 @@ from d2kd.lazy import config_text, in_words_of, is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.one_line import exit_status, in_one_line
 
+from .holding import hold_folder
 from .logs import set_up_logs
 from .preflight import refuse_processes, refuse_unusable, refuse_unwritable
 from .processes import (
@@ -218,7 +219,7 @@ def start(
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines needs --dist-url tcp://ADDRESS:PORT of the first machine")
     prepare(args)
-    cfg = setup(args)
+    cfg = _set_up_and_hold(args)
     if _processes(args) == 1:
         _run_reporting(args, cfg)
         return
@@ -227,6 +228,14 @@ def start(
             start_processes(_run_among, args, cfg)
         except (ProcessExitedException, ProcessRaisedException) as error:
             sys.exit(_status(error, received))
+
+
+def _set_up_and_hold(args: argparse.Namespace) -> CfgNode:
+    """:func:`setup`, and no other run trains in the folder while this process lives."""
+    cfg = setup(args)
+    if not args.eval_only and args.machine_rank == 0:
+        hold_folder(cfg.OUTPUT_DIR)
+    return cfg
 
 
 def _start_by_torchrun(
@@ -242,7 +251,7 @@ def _start_by_torchrun(
             )
         args.num_gpus, args.num_machines = place.local_size, place.size // place.local_size
         prepare(args)
-        hand_out(store, args, setup(args))
+        hand_out(store, args, _set_up_and_hold(args))
     _run_among(place, store, *handed_out(store))
 
 

@@ -80,7 +80,7 @@ class DistillTrainer(DefaultTrainer):
     optimizer, schedule, data and evaluators itself.
     """
 
-    _resuming = _failed = False
+    _failed = False
     _stop_signal = 0
 
     def __init__(self, cfg: CfgNode):
@@ -185,7 +185,6 @@ class DistillTrainer(DefaultTrainer):
         return self._writers
 
     def resume_or_load(self, resume: bool = True) -> None:
-        self._resuming = resume
         super().resume_or_load(resume)
         source = self.checkpointer.get_checkpoint_file() or self.cfg.MODEL.WEIGHTS
         refuse_not_finite(self.student, self.checkpointer.weights_key, source)
@@ -234,7 +233,7 @@ class DistillTrainer(DefaultTrainer):
         super().before_train()
         if self.start_iter:
             self._finish_saved_step()
-        elif self._resuming and comm.is_main_process():  # of a run that saved nothing
+        elif comm.is_main_process():  # of a run that saved nothing
             forget_lines(os.path.join(self.cfg.OUTPUT_DIR, METRICS), -1)
 
     def _finish_saved_step(self) -> None:
