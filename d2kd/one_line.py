@@ -59,8 +59,8 @@ def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Ite
             raise
         _drop_full_logs()
         if is_first():
-            text = f"{error.filename}: {error.strerror}" if of_a_file else error
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            text = f"{error.filename}: {error.strerror}" if of_a_file else str(error)
+            print(f"error: {_printable(text)}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt as asked:
         if debug:
@@ -72,6 +72,12 @@ def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Ite
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     print(f"Stopped by {name}: what was saved stays", file=sys.stderr, flush=True)
         sys.exit(exit_status(number))
+
+
+def _printable(text: str) -> str:
+    """On one line, whatever characters a name in it has: breaks and escapes as Python writes
+    them."""
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import contextlib
 import io
 import operator
 import os
-from typing import Any, Callable, Dict, Iterator, List, Type, Union
+from typing import Any, Callable, Dict, Iterator, List, Set, Type, Union
 
 import yaml
 from detectron2.config import CfgNode
@@ -122,6 +122,7 @@ def plain_yaml(text: Union[str, bytes], loader: Type[yaml.SafeLoader] = yaml.Saf
         values = _count(node, {})
         if values > _MOST_VALUES:
             raise yaml.YAMLError(f"holds {values:.0e} values once its aliases are written out")
+        _refuse_twice(node, set())
         return None if node is None else reader.construct_document(node)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as e:  # dates, numbers
         raise yaml.YAMLError(f"a value cannot be read ({e})") from e
@@ -138,6 +139,22 @@ def _count(node: Any, counted: Dict[yaml.Node, int]) -> int:
     if node not in counted:
         counted[node] = 1 + sum(_count(x, counted) for x in node.value)
     return counted[node]
+
+
+def _refuse_twice(node: Any, seen: Set[int]) -> None:
+    """Of a key that stands twice in a mapping, YAML would take the last value without a word."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    names: Set[str] = set()
+    for entry in node.value:
+        pair = entry if isinstance(entry, tuple) else (entry,)
+        key = pair[0].value if len(pair) == 2 and isinstance(pair[0], yaml.ScalarNode) else None
+        if key is not None and key in names and key != "<<":
+            raise yaml.YAMLError(f"line {pair[0].start_mark.line + 1}: '{key}' stands twice")
+        names.add(key)
+        for part in pair:
+            _refuse_twice(part, seen)
 
 
 def _keys(value: Any) -> Iterator[Any]:

@@ -2,11 +2,10 @@
 
 import contextlib
 import io
-import json
 import math
 import os
 import tempfile
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -16,7 +15,7 @@ from torch import nn
 from d2kd.data.check import check_evaluation
 from d2kd.distillation import build_teacher
 from d2kd.engine import DistillTrainer
-from d2kd.engine.metrics import METRICS
+from d2kd.engine.metrics import read_metrics
 from d2kd.engine.runs import TrainedRun
 from d2kd.engine.trainer import EVALUATORS
 from d2kd.errors import UserError
@@ -197,17 +196,8 @@ def last_ap(run: TrainedRun) -> Optional[float]:
     another checkpoint."""
     if os.path.basename(run.weights) != FINAL_WEIGHTS:
         return None
-    aps = [line[_AP] for line in _lines(os.path.join(run.folder, METRICS)) if _AP in line]
+    aps = [line[_AP] for line in read_metrics(run.folder) if _AP in line]
     return aps[-1] if aps and math.isfinite(aps[-1]) else None
-
-
-def _lines(path: str) -> Iterator[Dict[str, Any]]:
-    """Of a file of metrics; one that was torn when a run was killed is left out."""
-    if os.path.isfile(path):
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError, RecursionError):
-                    yield json.loads(line)
 
 
 def evaluated_ap(contender: _Contender) -> Optional[float]:

@@ -11,6 +11,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 from .files import Unreadable
 
 _UNKNOWN = object()
+_MOST_VALUES = 10_000  # of a variable; those of MMDetection's own configs have some hundreds
 
 
 def read_config(meta: Optional[Mapping]) -> Dict[str, Any]:
@@ -48,9 +49,21 @@ def _assignments(tree: ast.Module) -> Dict[str, Any]:
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name, value = statement.targets[0].id, _literal(statement.value, names)
-            if value is not _UNKNOWN:
+            if value is not _UNKNOWN and _count(value, _MOST_VALUES) < _MOST_VALUES:
                 names[name] = _merged(names.get(name), value)
     return names
+
+
+def _count(value: Any, most: int) -> int:
+    """How many values there are in a value, counted up to a number: few names can stand for
+    lists of lists without end."""
+    count = 1
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        if count >= most:
+            break
+        count += _count(part, most - count)
+    return count
 
 
 def _literal(tree: ast.AST, names: Mapping[str, Any]) -> Any:

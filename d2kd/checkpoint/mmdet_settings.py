@@ -29,6 +29,8 @@ _P6_SOURCES = {
     "on_lateral": "a convolution of P5's lateral",
 }
 
+_MOST_SCALES = 100  # per octave
+
 Settings = Dict[str, Any]
 
 
@@ -60,7 +62,10 @@ def file_settings(meta: Optional[Mapping]) -> Settings:
         logger.warning(f"The config in the file's meta cannot be understood ({e!r})")
         settings = {}
     classes = meta.get("CLASSES") or node(meta, "dataset_meta").get("classes")
-    return {**settings, CLASSES: list(classes)} if classes else settings
+    if isinstance(classes, str):  # MMDetection allows that for one class
+        classes = [classes]
+    is_list = isinstance(classes, (list, tuple)) and all(isinstance(x, str) for x in classes)
+    return {**settings, CLASSES: list(classes)} if classes and is_list else settings
 
 
 def _find_normalize(config: Any) -> Mapping:
@@ -112,7 +117,7 @@ def _heads(heads: list) -> Settings:
 def _anchors(generator: Mapping) -> Settings:
     if generator.get("type") != "AnchorGenerator":
         return {}
-    count = generator.get("scales_per_octave", 0)
+    count = min(generator.get("scales_per_octave", 0), _MOST_SCALES)
     octave = [generator["octave_base_scale"] * 2 ** (i / count) for i in range(count)]
     scales = generator.get("scales") or octave
     return {

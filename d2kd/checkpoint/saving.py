@@ -40,7 +40,9 @@ def written_whole(path: str, mode: str = "w") -> Iterator[Any]:
     """
     partial = path + UNFINISHED
     try:
-        with open(partial, mode) as f:
+        if os.path.islink(partial):  # which would lead to another file
+            os.remove(partial)
+        with open(partial, mode, opener=_not_through_links) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -53,6 +55,10 @@ def written_whole(path: str, mode: str = "w") -> Iterator[Any]:
         if disk_error is None:
             raise
         raise UserError(cannot_write(path, disk_error)) from e
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def refuse_existing(path: str, option: str) -> None:

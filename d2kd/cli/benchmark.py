@@ -14,8 +14,11 @@ examples:
 """
 
 import argparse
+import os
+import re
 from typing import List
 
+from d2kd.checkpoint import written_whole
 from d2kd.errors import UserError
 from d2kd.evidence.benchmark import STANDARD, Case, Costs, Load, measure
 from d2kd.evidence.costs import (
@@ -76,6 +79,12 @@ def run(args: argparse.Namespace) -> None:
     for name in ("size", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}: give 1 or more")
+    if args.boxes < 0:
+        raise UserError(f"--boxes is {args.boxes}: give 0 or more")
+    for option in ("json", "markdown"):
+        folder = os.path.dirname(getattr(args, option)) or "."
+        if not os.path.isdir(folder):
+            raise UserError(f"--{option}: there is no folder '{folder}': make it first")
     load = Load(args.size, args.batch, args.boxes, args.rounds, args.amp)
     if args.growth:
         for case in cases:
@@ -91,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
             if args.json:
                 write_costs(done, args.json)
     if args.markdown:
-        with open(args.markdown, "w") as f:
+        with written_whole(args.markdown) as f:
             f.write(costs_markdown(done) + "\n")
 
 
@@ -103,8 +112,8 @@ def _growth(case: Case, load: Load, growth: List[str]) -> str:
     for value in values:
         if key not in Load._fields:
             measured.append(measure(Case(case.recipe, (*case.opts, key, value)), load))
-        elif value.isdigit():
+        elif re.fullmatch("[1-9][0-9]{0,8}", value):
             measured.append(measure(case, load._replace(**{key: int(value)})))
         else:
-            raise UserError(f"--growth {key}: '{value}' is no whole number")
+            raise UserError(f"--growth {key}: '{value:.20}' is no whole number above 0")
     return f"{case.recipe}\n{growth_text(key, values, measured)}"

@@ -13,6 +13,7 @@ examples:
 
 import argparse
 import os
+import re
 from typing import List, Sequence
 
 from d2kd.errors import UserError
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _numbers(seeds: Sequence[str]) -> List[int]:
     for seed in seeds:
-        if not seed.isdigit():
-            raise UserError(f"--seeds has '{seed}': give whole numbers, 0 or more")
+        if not re.fullmatch("[0-9]{1,9}", seed):
+            raise UserError(f"--seeds has '{seed:.20}': give whole numbers, 0 or more")
+    if len(set(map(int, seeds))) < len(seeds):
+        raise UserError(f"--seeds has one twice: {' '.join(seeds)}")
     return [int(seed) for seed in seeds]

@@ -6,6 +6,7 @@ quick, and there even without them.
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -71,6 +72,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return
+    if not os.path.exists(os.curdir):
+        sys.exit("error: the current folder is not there any more: change to another one")
     by_name = {command.name: command for command in COMMANDS}
     if words[0] not in by_name:
         sys.exit(f"error: d2kd has no command '{words[0]}': {nearest(words[0], by_name)}")
@@ -109,10 +112,20 @@ def _run(command: Command, words: List[str]) -> None:
     try:
         with in_one_line(args.debug):
             module.run(args)
-        sys.stdout.flush()
+            if sys.stdout is not None:  # a process may be started without
+                sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nothing_more()
         sys.exit(exit_status(signal.SIGPIPE))
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:
+            raise
+        _print_nothing_more()
+        sys.exit(f"error: what this command prints cannot be written: {error.strerror}")
+
+
+def _print_nothing_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

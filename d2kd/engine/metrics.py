@@ -87,12 +87,14 @@ def forget_lines(path: str, iteration: int) -> None:
 
 def read_metrics(folder: str) -> List[Dict[str, float]]:
     """The lines of a run's metrics, each with the scalars of one ``iteration``; none of a run that
-    wrote none. What a process that was killed left of a line is passed over."""
+    wrote none. What is no number is passed over, and what a process that was killed left of a
+    line."""
     path = os.path.join(folder, METRICS)
     if not os.path.isfile(path):
         return []
     with open(path, "rb") as f:
-        return [json.loads(line) for line in f if _iteration(line) < float("inf")]
+        lines = [json.loads(line) for line in f if _iteration(line) < float("inf")]
+    return [{k: v for k, v in line.items() if type(v) in (int, float)} for line in lines]
 
 
 def has_lines_from(path: str, iteration: int) -> bool:
@@ -106,6 +108,7 @@ def has_lines_from(path: str, iteration: int) -> bool:
 def _iteration(line: bytes) -> float:
     try:
         content: Any = json.loads(line)
-        return float(content["iteration"])
+        iteration = content["iteration"]
+        return float(iteration if type(iteration) in (int, float) else "inf")
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return float("inf")

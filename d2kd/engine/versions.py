@@ -38,7 +38,7 @@ def recorded_versions(folder: str) -> List[Dict[str, Any]]:
             starts = json.load(f)
     except (OSError, ValueError, RecursionError):
         return []
-    return starts if isinstance(starts, list) else []
+    return [x for x in starts if isinstance(x, dict)] if isinstance(starts, list) else []
 
 
 def _now() -> Dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Dict, List, Sequence
 
 from tabulate import tabulate
 
+from d2kd.checkpoint import written_whole
+from d2kd.errors import UserError, reason
+
 from .benchmark import PARTS, Case, Costs, Load
 
 HEADERS = ("recipe", "c/a", "c/(a+b)", "rebuilt/b", "memory c/a", "host syncs of c, of a")
@@ -107,22 +110,34 @@ def _slope(x: List[float], y: List[float]) -> float:
 
 
 def read_costs(path: str) -> List[Costs]:
-    """What :func:`write_costs` wrote; none if there is no such file."""
+    """What :func:`write_costs` wrote; none if there is no such file.
+
+    Raises:
+        UserError: if the file holds something else.
+    """
     if not os.path.exists(path):
         return []
-    with open(path) as f:
-        entries: List[Dict] = json.load(f)
-    return [
-        Costs(
-            **{
-                **entry,
-                "case": Case(**{**entry["case"], "opts": tuple(entry["case"]["opts"])}),
-                "load": Load(**entry["load"]),
-                "methods": tuple(entry["methods"]),
-            }
-        )
-        for entry in entries
-    ]
+    try:
+        with open(path, encoding="utf-8") as f:
+            entries: List[Dict] = json.load(f)
+        if not isinstance(entries, list):
+            raise TypeError("it holds no list")
+        return [_costs_of(entry) for entry in entries]
+    except (ValueError, TypeError, LookupError, RecursionError) as e:
+        raise UserError(
+            f"{path} is not what d2kd benchmark writes ({reason(e)}): give another file"
+        ) from e
+
+
+def _costs_of(entry: Dict) -> Costs:
+    return Costs(
+        **{
+            **entry,
+            "case": Case(**{**entry["case"], "opts": tuple(entry["case"]["opts"])}),
+            "load": Load(**entry["load"]),
+            "methods": tuple(entry["methods"]),
+        }
+    )
 
 
 def write_costs(all_costs: Sequence[Costs], path: str) -> None:
@@ -130,9 +145,8 @@ def write_costs(all_costs: Sequence[Costs], path: str) -> None:
     entries = [
         {**c._asdict(), "case": c.case._asdict(), "load": c.load._asdict()} for c in all_costs
     ]
-    with open(f"{path}.part", "w") as f:
+    with written_whole(path) as f:
         json.dump(entries, f, indent=1)
-    os.replace(f"{path}.part", path)
 
 
 def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:

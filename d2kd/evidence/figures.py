@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 
 from d2kd.checkpoint import written_whole
+from d2kd.labels import as_label
 
 from .cells import Cell
 
@@ -29,7 +30,7 @@ def draw_rows(rows: Dict[str, List[Cell]], baseline: str, path: str) -> None:
         axes.annotate(
             f"{_mean(cells):.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center"
         )
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), list(map(as_label, rows)))
     axes.set(xlabel="AP, a dot per seed", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()

@@ -11,6 +11,8 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from d2kd.labels import as_label
+
 from .maps import Attention, LevelMaps, Looked
 
 
@@ -73,6 +75,6 @@ def _plot(attention: Attention, axes: Axes) -> None:
 
 def _with_objects(cfg: CfgNode, image: np.ndarray, instances: Instances) -> np.ndarray:
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-    labels = [metadata.thing_classes[c] for c in instances.gt_classes.tolist()]
+    labels = [as_label(metadata.thing_classes[c]) for c in instances.gt_classes.tolist()]
     canvas = Visualizer(image, metadata, scale=max(1.0, 400 / image.shape[0]))
     return canvas.overlay_instances(boxes=instances.gt_boxes, labels=labels).get_image()

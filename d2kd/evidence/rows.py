@@ -1,5 +1,6 @@
 """The rows of a comparison: recipes, and files of ablations that stand for several rows."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from d2kd.config import read_config
 from d2kd.errors import UserError, nearest
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import recipe_name, resolve_config
+from d2kd.safe_yaml import plain_yaml
 
 TABLE_KEYS = ("BASE", "PLAIN", "ROWS")
 
@@ -88,11 +90,13 @@ def _opts(changes: Dict[str, Any], node: str = "") -> List[str]:
 
 def _read_mapping(path: str) -> Dict[str, Any]:
     """The content of a file of ablations, all of its keys checked."""
-    with open(path) as f:
+    with open(path, "rb") as f:
         try:
-            content = yaml.safe_load(f)
-        except yaml.YAMLError as e:
+            content = plain_yaml(f.read())
+        except (yaml.YAMLError, RecursionError) as e:
             raise UserError(f"{path}: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {content!r:.40}, expected {', '.join(TABLE_KEYS)}")
     for key in content:
         if key not in TABLE_KEYS:
             raise UserError(f"{path}: no key {key}: {nearest(str(key), TABLE_KEYS)}")
@@ -112,7 +116,9 @@ def _beside(path: str, content: Dict[str, Any], key: str) -> str:
 
 def _word(value: Any) -> str:
     """A value as it is typed on a command line."""
-    return value if isinstance(value, str) else str(value).replace("'", '"')
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
 
 
 def check_rows(rows: Sequence[Row], opts: Sequence[str] = ()) -> None:

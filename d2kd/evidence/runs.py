@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
-from d2kd.engine.metrics import METRICS as METRICS_JSON
+from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import config_file
-from d2kd.errors import UserError
+from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
 
@@ -161,8 +161,8 @@ class _Training:
         file, text = config_file(cfg)
         saved = os.path.join(self.folder, file)
         if os.path.isfile(saved):
-            with open(saved) as f:
-                if f.read() != text:
+            with open(saved, "rb") as f:
+                if f.read() != text.encode():
                     raise UserError(
                         f"{self.folder} holds a run with another config: remove it, or give "
                         "another --output"
@@ -207,7 +207,10 @@ class _Training:
             if self.process.returncode:
                 raise UserError(f"training {self.name} failed: {self._last_line()}")
         seconds = time.perf_counter() - self._started
-        results = {m: [*scalars(self.folder, f"bbox/{m}").values()][-1] for m in METRICS}
+        found = {m: [*scalars(self.folder, f"bbox/{m}").values()] for m in METRICS}
+        if not all(found.values()):
+            raise UserError(f"{self.name} was not evaluated, {self.folder} has no bbox/AP")
+        results = {metric: values[-1] for metric, values in found.items()}
         with written_whole(os.path.join(self.folder, SUMMARY)) as f:
             json.dump({"seconds": seconds, "results": results}, f)
 
@@ -219,8 +222,20 @@ class _Training:
         return last[len("error: ") :] if last.startswith("error: ") else last
 
     def run(self) -> Run:
-        with open(os.path.join(self.folder, SUMMARY)) as f:
-            return Run(self.folder, **json.load(f))
+        """
+        Raises:
+            UserError: if what was written of it is damaged.
+        """
+        path = os.path.join(self.folder, SUMMARY)
+        try:
+            with open(path, encoding="utf-8") as f:
+                content = json.load(f)
+            results = {metric: float(content["results"][metric]) for metric in METRICS}
+            return Run(self.folder, results, float(content["seconds"]))
+        except (ValueError, TypeError, LookupError, RecursionError) as e:
+            raise UserError(
+                f"{path} is damaged ({reason(e)}): remove it, and it is written anew"
+            ) from e
 
 
 def steps_done(folder: str) -> int:
@@ -231,13 +246,4 @@ def steps_done(folder: str) -> int:
 def scalars(folder: str, key: str) -> Dict[int, float]:
     """A scalar of a run by iteration, from its ``metrics.json``; a line that is being written does
     not count."""
-    return {row["iteration"]: row[key] for row in _lines(folder) if key in row}
-
-
-def _lines(folder: str) -> Iterator[Dict[str, float]]:
-    path = os.path.join(folder, METRICS_JSON)
-    if os.path.isfile(path):
-        with open(path) as f:
-            for line in f:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+    return {int(row["iteration"]): row[key] for row in read_metrics(folder) if key in row}

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, written_whole
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
-from d2kd.safe_yaml import plain_yaml
+from d2kd.safe_yaml import plain_yaml, read_value
 
 from .pair import Pair
 
@@ -84,11 +84,12 @@ def nested(opts: Sequence[Any]) -> Dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    value = read_value(value)
     if not isinstance(value, str):
         return value
     try:
         value = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
     return list(value) if isinstance(value, tuple) else value
 

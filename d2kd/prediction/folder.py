@@ -15,6 +15,7 @@ from detectron2.utils.visualizer import Visualizer
 
 from d2kd.checkpoint import cannot_write, written_whole
 from d2kd.errors import UserError
+from d2kd.labels import as_label
 
 from .predictor import Predictor
 
@@ -126,7 +127,7 @@ def _entry(path: str, picture: str, found: Instances, classes: Sequence[str]) ->
 
 def _draw(image: np.ndarray, found: Instances, classes: Sequence[str]) -> np.ndarray:
     names = list(classes) or [str(i) for i in range(max(found.pred_classes, default=-1) + 1)]
-    metadata = Metadata(thing_classes=names)
+    metadata = Metadata(thing_classes=list(map(as_label, names)))
     scale = max(1.0, _SHOWN / max(image.shape[:2]))
     return Visualizer(image, metadata, scale).draw_instance_predictions(found).get_image()
 

@@ -9,6 +9,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from d2kd.errors import UserError
+
 from .images import read_image
 
 
@@ -29,16 +31,21 @@ class Predictor:
         """
         self.detector = detector
         self.input_format = cfg.INPUT.FORMAT
-        size = cfg.INPUT.MIN_SIZE_TEST
-        self._resize = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
+        self._size, self._max_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self._resize = T.ResizeShortestEdge([self._size] * 2, self._max_size)
 
     def read(self, path: str) -> np.ndarray:
         """An image file, (H, W, C) uint8, its channels as the detector expects them.
 
         Raises:
-            UserError: if the file is no image.
+            UserError: if the file is no image, or so narrow that resizing leaves nothing of it.
         """
-        return read_image(path, self.input_format)
+        image = read_image(path, self.input_format)
+        height, width = image.shape[:2]
+        shape = T.ResizeShortestEdge.get_output_shape(height, width, self._size, self._max_size)
+        if self._size and min(shape) < 1:
+            raise UserError(f"{path} is {width} x {height}: resizing leaves nothing of it")
+        return image
 
     def network_input(self, image: np.ndarray) -> Dict[str, Any]:
         """

@@ -123,11 +123,18 @@ class RunFacts:
 
 
 def facts_of(runs: Sequence[TrainedRun], baseline: Optional[TrainedRun]) -> List[RunFacts]:
-    """The facts of runs, the baseline first. They are called after their folders."""
+    """The facts of runs, the baseline first. They are called after their folders, and where several
+    checkpoints are of one folder, after these, too."""
     baselines = [baseline] if baseline else []
     everything = [*baselines, *(run for run in runs if run not in baselines)]
-    names = _names([run.folder for run in everything])
-    return [RunFacts(run, names[run.folder], run in baselines) for run in everything]
+    folders = [run.folder for run in everything]
+    names = _names(folders)
+
+    def name_of(run: TrainedRun) -> str:
+        file = f", {os.path.basename(run.weights)}" if folders.count(run.folder) > 1 else ""
+        return names[run.folder] + file
+
+    return [RunFacts(run, name_of(run), run in baselines) for run in everything]
 
 
 def _names(folders: Sequence[str]) -> Mapping[str, str]:

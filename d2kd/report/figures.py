@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from d2kd.labels import as_label
+
 from .facts import RunFacts
 
 _COLUMNS = 3
@@ -78,8 +80,15 @@ def class_bars(runs: Sequence[RunFacts], task: str) -> str:
     for i, (facts, table) in enumerate(zip(runs, tables)):
         color = _style(runs, facts)["color"]
         heights = [table.get(name, np.nan) for name in classes]
-        axes.bar(np.arange(len(classes)) + i * width, heights, width, color=color, label=facts.name)
-    axes.set_xticks(np.arange(len(classes)) + 0.4 - width / 2, classes, rotation=45, ha="right")
+        axes.bar(
+            np.arange(len(classes)) + i * width,
+            heights,
+            width,
+            color=color,
+            label=as_label(facts.name),
+        )
+    names = list(map(as_label, classes))
+    axes.set_xticks(np.arange(len(classes)) + 0.4 - width / 2, names, rotation=45, ha="right")
     axes.set_ylabel(f"{task} AP")
     axes.legend(fontsize=8)
     return svg(figure)
@@ -102,9 +111,9 @@ def _grid(number: int, size=_SIZE, columns: int = _COLUMNS):
 
 def _style(runs: Sequence[RunFacts], facts: RunFacts) -> Dict:
     if facts.is_baseline:
-        return {**_BASELINE, "label": facts.name}
+        return {**_BASELINE, "label": as_label(facts.name)}
     others = [f for f in runs if not f.is_baseline]
-    return {"color": f"C{others.index(facts) % 10}", "label": facts.name}
+    return {"color": f"C{others.index(facts) % 10}", "label": as_label(facts.name)}
 
 
 def _legend(figure: Figure, runs: Sequence[RunFacts]) -> None:

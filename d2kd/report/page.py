@@ -81,12 +81,13 @@ def refuse_foreign(path: str) -> None:
         raise UserError(f"--output is '{path}': there is no folder '{folder}'")
     if os.path.isdir(path):
         raise UserError(f"--output is '{path}', a folder: give the name of a file")
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            if GENERATOR not in f.read(1000):
-                raise UserError(
-                    f"--output is '{path}', a file that is no report: give another name"
-                )
+    if os.path.exists(path):
+        head = ""
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                head = f.read(2000)
+        if f'<meta name="generator" content="{GENERATOR} ' not in head:
+            raise UserError(f"--output is '{path}', a file that is no report: give another name")
 
 
 def _template() -> jinja2.Template:
@@ -148,10 +149,13 @@ def _summary_row(facts: RunFacts, everyone: Sequence[RunFacts], task: str) -> Li
 
 
 def _gain(facts: RunFacts, everyone: Sequence[RunFacts], metric: str) -> str:
-    baseline = next((f.last(metric) for f in everyone if f.is_baseline), None)
+    plain = next((f for f in everyone if f.is_baseline), None)
+    baseline = plain.last(metric) if plain else None
     value = facts.last(metric)
     if baseline is None or value is None or facts.is_baseline:
         return ""
+    if list(plain.cfg.DATASETS.TEST) != list(facts.cfg.DATASETS.TEST):
+        return "on other data"
     return f"{value - baseline:+.1f}"
 
 

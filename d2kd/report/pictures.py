@@ -13,6 +13,8 @@ from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
+from d2kd.labels import as_label
+
 from .looks import Look, Maps
 from .models import Shown
 
@@ -58,7 +60,9 @@ def _detections(image, metadata, instances: Instances, num_classes: int) -> np.n
     return canvas.draw_instance_predictions(kept).get_image()
 
 
-def _canvas(image: np.ndarray, metadata) -> Visualizer:
+def _canvas(image: np.ndarray, metadata: Metadata) -> Visualizer:
+    names = list(map(as_label, metadata.get("thing_classes", ())))
+    metadata = Metadata(thing_classes=names) if names else Metadata()
     return Visualizer(image, metadata, scale=max(1.0, _DRAWN / min(image.shape[:2])))
 
 
