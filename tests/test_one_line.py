@@ -62,6 +62,12 @@ def test_whoever_is_not_the_first_says_nothing(capsys):
     assert stop.value.code == 1 and capsys.readouterr().err == ""
 
 
+def test_names_with_breaks_and_escapes_stay_on_one_line(capsys):
+    with pytest.raises(SystemExit), in_one_line(debug=False):
+        raise UserError("no\nsuch \x1b[31mfile \udce9 ü")
+    assert capsys.readouterr().err == "error: no\\nsuch \\x1b[31mfile \\udce9 ü\n"
+
+
 def test_a_file_that_cannot_be_used_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop, in_one_line(debug=False):
         tmp_path.read_text()

@@ -138,6 +138,7 @@ def test_a_base_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
         ("A: 1" + ":1" * 200 + ".5", "a value cannot be read"),
         ("SOLVER: {MAX_ITER: 1" + "0" * 400 + "}", "MAX_ITER is 10+: give a number below"),
         ('OUTPUT_DIR: "a\\0b"', "OUTPUT_DIR is 'a.*: give text in UTF-8"),
+        ("SEED: 1\nSOLVER: {MAX_ITER: 1, MAX_ITER: 2}", "line 2: 'MAX_ITER' stands twice"),
         ("1: 2", "1 is no key"),
         ("MODEL: {BACKBONE: {3: 4}}", "3 is no key"),
     ],

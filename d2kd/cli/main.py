@@ -72,7 +72,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return
-    if not os.path.exists(os.curdir):
+    try:
+        os.getcwd()
+    except FileNotFoundError:
         sys.exit("error: the current folder is not there any more: change to another one")
     by_name = {command.name: command for command in COMMANDS}
     if words[0] not in by_name:

@@ -87,6 +87,25 @@ def test_configs_of_all_versions(meta):
     assert file_settings(meta) == SETTINGS
 
 
+def test_what_a_few_lines_stand_for_is_bounded():
+    doubled = "a0 = [1]\n" + "".join(f"a{i} = [a{i - 1}, a{i - 1}]\n" for i in range(1, 80))
+    assert file_settings({"cfg": f"{doubled}data = dict(x=a79)"}) == {}
+    generator = "anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, ratios=[1.0],"
+    generator += " strides=[8], scales_per_octave=1000000000)"
+    settings = file_settings({"cfg": f"model = dict(bbox_head=dict({generator}))"})
+    assert max(map(len, settings[SIZES])) <= 100
+
+
+@pytest.mark.parametrize("classes", [5, True, [1, 2], {"a": 1}])
+def test_classes_that_are_none_are_unknown(classes):
+    assert file_settings({"CLASSES": classes}) == {}
+    assert file_settings({"dataset_meta": {"classes": classes}}) == {}
+
+
+def test_one_class_may_be_a_word():
+    assert file_settings({"CLASSES": "person"}) == {CLASSES: ["person"]}
+
+
 def test_later_assignments_change_earlier_ones():
     model = read_config({"config": VERSION_2_0})["model"]
     assert model["backbone"] == {"type": "ResNet", "depth": 101, "style": "pytorch"}

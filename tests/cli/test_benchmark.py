@@ -5,6 +5,7 @@ import torch
 from toys import STUDENTS
 
 from d2kd.cli.main import main
+from d2kd.errors import UserError
 from d2kd.evidence.benchmark import AS_STOCK, STANDARD, Case, Costs, Load
 from d2kd.evidence.costs import growth_text, read_costs
 from d2kd.evidence.profile import peak_memory
@@ -45,6 +46,29 @@ def test_table_of_a_recipe(capsys):
     listed = lines[next(i for i, x in enumerate(lines) if x.startswith("| operation")) + 2 :]
     milliseconds = [float(x.split("|")[2]) for x in listed]
     assert len(milliseconds) == 3 and milliseconds == sorted(milliseconds, reverse=True)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "[{}]", "[", "\xff"])
+def test_other_json_is_refused_before_anything_is_measured(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match="x.json is not what d2kd benchmark writes"):
+        read_costs(str(path))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--markdown", "nowhere/table.md"], "--markdown: there is no folder 'nowhere'"),
+        (["--boxes", "-3"], "--boxes is -3: give 0 or more"),
+        (["--growth", "size 0 1"], "--growth size: '0' is no whole number above 0"),
+        (["--growth", "size ² 3"], "--growth size: '²' is no whole number above 0"),
+    ],
+)
+def test_wrong_words_are_told_at_once(words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", RECIPE, *words, *CPU])
+    assert said in capsys.readouterr().err
 
 
 def test_several_recipes_as_data_and_as_markdown(tmp_path, capsys):

@@ -99,6 +99,9 @@ def test_rows_of_one_label_are_told_apart():
         (f"BASE: {RECIPE}", "ROWS is missing"),
         ("BASE: nowhere.yaml\nROWS: {a: {}}", "BASE is 'nowhere.yaml': no such file"),
         (f"BASE: {RECIPE}\nROWS: {{a: 3}}", "row 'a' is 3: give a mapping"),
+        (f"BASE: {RECIPE}\nROWS: {{a: {{}}, a: {{SEED: 2}}}}", "'a' stands twice"),
+        (f"BASE: {RECIPE}\nROWS: &x {{a: *x}}", "recursion"),
+        (f"BASE: {RECIPE}\nROWS: {{a: {{SEED: 2024-13-45}}}}", "month must be"),
         (f"BASE: {RECIPE}\nROWS: {{a: {{", "mine.yaml: while parsing"),
         (f"BASE: {RECIPE}\nROWS: {{a: {{DISTILL.FRS.CLASS: 1}}}}", "row 'a': no config key"),
         (f"BASE: {RECIPE}\nROWS: {{a b: {{SEED: 1}}, a-b: {{SEED: 2}}}}", "one folder"),
@@ -115,6 +118,8 @@ def test_bad_tables_are_refused_in_one_line(compare, capsys, text, message):
     "words, message",
     [
         (["--seeds", "1.5"], "--seeds has '1.5': give whole numbers"),
+        (["--seeds", "²"], "--seeds has '²': give whole numbers"),
+        (["--seeds", "1", "1"], "--seeds has one twice: 1 1"),
         (["SOLVER.MAX_ITERS", "3"], "no config key SOLVER.MAX_ITERS"),
         (["--seeds", "1", "SOLVER.MAX_ITER"], "give pairs of KEY VALUE"),
     ],
@@ -156,6 +161,25 @@ def test_finished_runs_are_not_repeated(compare, tmp_path, capsys):
     with pytest.raises(SystemExit):  # other settings, the same folder
         compare(text, "--output", "out", "SOLVER.MAX_ITER", "3")
     assert "holds a run with another config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{}", '{"seconds": 1, "results": {"AP": "x"}}', "5"]
+)
+def test_a_damaged_summary_is_named(compare, tmp_path, capsys, content):
+    folder = f"out/{RECIPE[: -len('.yaml')]}_seed1"
+    finished(tmp_path / folder, read_config(RECIPE, ["SEED", 1, "OUTPUT_DIR", folder]), 30.0)
+    (tmp_path / folder / "summary.json").write_text(content)
+    (tmp_path / folder / "versions.json").write_text('[5, null, ["x"]]')
+    with pytest.raises(SystemExit):
+        compare(f"BASE: {RECIPE}\nROWS: {{FRS: {{}}}}", "--output", "out")
+    assert f"{folder}/summary.json is damaged" in capsys.readouterr().err
+
+
+def test_apostrophes_in_lists_stay(tmp_path):
+    path = tmp_path / "table.yaml"
+    path.write_text(f'BASE: {RECIPE}\nROWS: {{a: {{DATASETS.TRAIN: ["it\'s"]}}}}')
+    assert read_table(str(path))[0].opts == ["DATASETS.TRAIN", '["it\'s"]']
 
 
 def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The command: its overview, its help, and what it does without Detectron2."""
 
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -45,6 +46,29 @@ def test_an_unknown_command_gets_the_nearest(said):
 def test_help_shows_an_example(command):
     text = make_parser(command, module_of(command)).format_help()
     assert f"usage: d2kd {command.name}" in text and f"\n  d2kd {command.name}" in text
+
+
+@pytest.mark.parametrize(
+    "command, status, error",
+    [
+        ("list >&-", 0, ""),
+        ("list >/dev/full", 1, "error: what this command prints cannot be written: No space left"),
+    ],
+)
+def test_an_output_that_is_closed_or_full(command, status, error):
+    words = f"{shlex.quote(sys.executable)} -W ignore -m d2kd {command}"
+    done = subprocess.run(["bash", "-c", words], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == status and done.stderr.startswith(error)
+    assert done.stderr.count("\n") == bool(error)
+
+
+def test_a_folder_that_was_removed(said, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    status, text = said("list")
+    monkeypatch.chdir(tmp_path)
+    assert status == 1 and "the current folder is not there any more" in text
 
 
 def test_what_is_wrong_is_one_line(said):

@@ -11,6 +11,7 @@ from runs import assert_same_run, run_config, train
 from d2kd.checkpoint import newest_checkpoint, write_student_yaml
 from d2kd.checkpoint.saving import written_whole
 from d2kd.cli.main import train as main
+from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import differences, refuse_changed, write_run_config
 from d2kd.errors import UserError
 
@@ -220,6 +221,26 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with full as error, written_whole(str(path)):
         raise OSError(28, "No space left on device")
     assert "--resume" in str(error.value) and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_is_not_written_through_a_link(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("mine")
+    os.symlink(victim, f"{path}.unfinished")
+    with written_whole(str(path)) as f:
+        f.write("new")
+    assert victim.read_text() == "mine" and path.read_text() == "new" and not path.is_symlink()
+
+
+def test_what_is_no_number_in_metrics_is_passed_over(tmp_path):
+    (tmp_path / "metrics.json").write_bytes(
+        b'{"iteration": 1, "bbox/AP": "x", "time": 2.5, "l": [1]}\n\xff{\n5\n['
+        + b"[" * 10**5
+        + b'\n{"iteration": "7"}\n{"iteration": 1'
+        + b"0" * 400
+        + b'}\n{"iteration": 2}\n{"it'
+    )
+    assert read_metrics(str(tmp_path)) == [{"iteration": 1, "time": 2.5}, {"iteration": 2}]
 
 
 def test_a_full_disk_is_one_line(cfg, command, monkeypatch):

@@ -5,13 +5,16 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, Instances
 from made_up_run import made_up_run
 
 from d2kd.cli.main import main
 from d2kd.errors import UserError
 from d2kd.prediction import SAMPLE_PHOTOGRAPH, image_files, images_at_hand
+from d2kd.prediction.folder import _draw
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,20 @@ def test_pictures_and_json(run, photographs, tmp_path, capsys):
     assert np.allclose([x["bbox"] for x in entry["detections"]], boxes, atol=1e-3)
     names = [run.classes[i] for i in found.pred_classes]
     assert [x["class"] for x in entry["detections"]] == names
+
+
+def test_a_strip_is_skipped_and_dollars_are_no_formula(run, photographs, tmp_path, capsys):
+    cv2.imwrite(str(photographs / "strip.png"), np.zeros((1, 4000, 3), np.uint8))
+    output = str(tmp_path / "found")
+    main(["predict", run.folder, str(photographs), "--output", output, "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "in 1 images, 2 files skipped" in said.out
+    image = np.zeros((40, 40, 3), np.uint8)
+    boxes = Boxes(torch.tensor([[3.0, 3.0, 30.0, 30.0]]))
+    found = Instances(
+        (40, 40), pred_boxes=boxes, scores=torch.ones(1), pred_classes=torch.zeros(1).int()
+    )
+    assert _draw(image, found, ["a$b_{$c"]).any()
 
 
 def test_a_folder_with_files_is_left_alone(run, photographs, tmp_path, capsys):

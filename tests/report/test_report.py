@@ -103,7 +103,7 @@ def test_an_older_page_is_replaced_and_another_file_is_not(
     main(["report", distilled.folder])
     assert f"{path}, an older report, is replaced" in capsys.readouterr().out
     other = tmp_path / "notes.html"
-    other.write_text("mine")
+    other.write_text("# d2kd report makes it")
     for output, words in (
         (other, "a file that is no report"),
         (tmp_path, "a folder"),
@@ -111,7 +111,25 @@ def test_an_older_page_is_replaced_and_another_file_is_not(
     ):
         with pytest.raises(UserError, match=words):
             write_report([plain], None, str(output))
-    assert other.read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a file that is no report"):
+        write_report([plain], None, str(tmp_path / "pipe"))
+    assert other.read_text() == "# d2kd report makes it"
+
+
+def test_two_checkpoints_of_a_run_have_names_of_their_own(distilled):
+    older = os.path.join(distilled.folder, "model_0000009.pth")
+    names = [f.name for f in facts_of([distilled, open_run(older)], None)]
+    assert [name.rsplit(", ", 1)[1] for name in names] == ["model_final.pth", "model_0000009.pth"]
+
+
+def test_no_gain_over_a_run_on_other_data(distilled, plain, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(plain.folder, folder)
+    text = (folder / "config.yaml").read_text().replace("- toy_val", "- toy_train")
+    (folder / "config.yaml").write_text(text)
+    write_report([distilled], open_run(str(folder)), str(tmp_path / "report.html"))
+    assert "on other data" in Page(tmp_path / "report.html").text
 
 
 def test_what_is_missing_is_said_and_the_rest_is_shown(distilled, tmp_path):
