@@ -1,6 +1,7 @@
 """Metrics of a run that is resumed: as if it had not been interrupted."""
 
 import json
+import math
 import os
 from typing import Any, Dict, Iterable, List, Tuple
 
@@ -93,8 +94,7 @@ def read_metrics(folder: str) -> List[Dict[str, float]]:
     if not os.path.isfile(path):
         return []
     with open(path, "rb") as f:
-        lines = [json.loads(line) for line in f if _iteration(line) < float("inf")]
-    return [{k: v for k, v in line.items() if type(v) in (int, float)} for line in lines]
+        return list(filter(None, map(_scalars, f)))
 
 
 def has_lines_from(path: str, iteration: int) -> bool:
@@ -106,9 +106,14 @@ def has_lines_from(path: str, iteration: int) -> bool:
 
 
 def _iteration(line: bytes) -> float:
+    return _scalars(line).get("iteration", math.inf)
+
+
+def _scalars(line: bytes) -> Dict[str, float]:
+    """The numbers in a line; none of a line without an iteration."""
     try:
         content: Any = json.loads(line)
-        iteration = content["iteration"]
-        return float(iteration if type(iteration) in (int, float) else "inf")
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return float("inf")
+        numbers = {k: v for k, v in content.items() if type(v) in (int, float)}
+        return numbers if math.isfinite(numbers["iteration"]) else {}
+    except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
+        return {}

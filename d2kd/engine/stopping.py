@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import shlex
+import signal
 import sys
 from datetime import timedelta
 from types import FrameType
@@ -51,6 +52,8 @@ class Signals:
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._owner:  # a worker that loads data
+            return
+        if self.received and number == signal.SIGHUP:  # of a terminal, which comes twice
             return
         if self.received and comm.get_world_size() == 1:
             os._exit(exit_status(number))
@@ -166,6 +169,8 @@ def passed_on() -> Iterator[List[int]]:
     received: List[int] = []
 
     def receive(number: int, frame: Optional[FrameType]) -> None:
+        if received and number == signal.SIGHUP:  # of a terminal, which comes twice
+            return
         children = get_context("spawn").active_children()
         received.append(number)
         for child in children:

@@ -16,6 +16,12 @@ from d2kd.engine.stopping import command_to_resume
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
+def close_terminal(trainer):
+    """The shell and the system say so both."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
 def send(number):
     return lambda trainer: os.kill(os.getpid(), number)
 
@@ -46,6 +52,13 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     assert train(cfg, resume=True).start_iter == iteration + 1
     assert_same_run(whole, cfg)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_terminal_that_closes_says_so_twice(tmp_path, toy_dataset, caplog):
+    cfg = run_config(tmp_path / "stopped", "FCOS", toy_dataset)
+    with pytest.raises(SystemExit) as stop:
+        train(cfg, at=1, action=close_terminal)
+    assert stop.value.code == 129 and "model_0000001.pth" in checkpoints(cfg)
 
 
 @pytest.mark.parametrize("evaluation", [0, 1, 2])
