@@ -58,9 +58,10 @@ def _reason(error: RuntimeError) -> Optional[str]:
 
 
 def keep_quiet_of_user_errors() -> None:
-    """Detectron2 logs a traceback of whatever ends a training; one line is enough of these."""
+    """Detectron2 logs a traceback of whatever ends a training. One line is enough of a
+    :class:`UserError`, and of losses that are not finite, which become one."""
     logging.getLogger(_TRAINING).addFilter(_needs_traceback)
 
 
 def _needs_traceback(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+    return not (record.exc_info and isinstance(record.exc_info[1], (UserError, FloatingPointError)))

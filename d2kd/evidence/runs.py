@@ -64,7 +64,8 @@ def train_rows(
     tasks: Sequence[Tuple[Row, int]], output: str, opts: Sequence[str] = (), jobs: int = 1
 ) -> List[Run]:
     """Trains rows in processes of their own. Runs whose folder says that they are finished are not
-    repeated, interrupted ones go on. A bar shows the progress of all together and the time left.
+    repeated, interrupted ones go on. Each says its AP when it is done; a bar shows the progress of
+    all together and the time left, where a terminal shows it.
 
     Args:
         tasks: rows, each with the ``SEED`` of the run.
@@ -93,7 +94,8 @@ def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
     total = sum(x.steps_left() for x in waiting)
     bar_format = "{desc}{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed} < {remaining}]"
     failed: Optional[UserError] = None
-    with tqdm(total=total, bar_format=bar_format) as bar, _stopped_together(running):
+    bar = tqdm(total=total, bar_format=bar_format, disable=None)  # None: unless it is a terminal
+    with bar, _stopped_together(running):
         while any(running) or (waiting and not failed):
             for slot, training in enumerate(running):
                 if training is None and waiting and not failed:
@@ -110,7 +112,7 @@ def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
                 if training is not None and training.has_ended():
                     running[slot] = None
                     try:
-                        training.finish()
+                        bar.write(training.finish(), file=sys.stderr)
                     except UserError as error:
                         failed = failed or error
     if failed:
@@ -197,8 +199,8 @@ class _Training:
     def has_ended(self) -> bool:
         return self.process.poll() is not None
 
-    def finish(self) -> None:
-        """Writes what came out.
+    def finish(self) -> str:
+        """Writes what came out, and returns it in a line.
 
         Raises:
             UserError: if training failed.
@@ -213,6 +215,7 @@ class _Training:
         results = {metric: values[-1] for metric, values in found.items()}
         with written_whole(os.path.join(self.folder, SUMMARY)) as f:
             json.dump({"seconds": seconds, "results": results}, f)
+        return f"{self.name}: {results['AP']:.1f} AP in {seconds / 60:.1f} min"
 
     def _last_line(self) -> str:
         """Shows the end of what the process said, and returns its last line."""

@@ -131,6 +131,10 @@ MODEL_KEYS: Keys = {
     },
     "RPN": {
         "BATCH_SIZE_PER_IMAGE": Key(256, "Anchors per image that are trained on", low=1),
+        "PRE_NMS_TOPK_TRAIN": Key(12000, "Proposals of a level that go into NMS, at most", low=1),
+        "PRE_NMS_TOPK_TEST": Key(6000, "The same in evaluation", low=1),
+        "POST_NMS_TOPK_TRAIN": Key(2000, "Proposals of an image after NMS, at most", low=1),
+        "POST_NMS_TOPK_TEST": Key(1000, "The same in evaluation", low=1),
         **_BOX_REGRESSION,
     },
     "ROI_HEADS": {

@@ -233,11 +233,16 @@ def worker(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_runs_at_a_time_share_the_cores(worker, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_runs_at_a_time_share_the_cores(worker, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     row = read_rows(RECIPE)[0]
     found = train_rows([(row, seed) for seed in (3, 1, 2)], "out", jobs=2)
     assert [run.results["AP"] for run in found] == [3.0, 1.0, 2.0]
-    assert "| 2250/2250 [" in capsys.readouterr().err  # with the line of the last evaluation
+    said = capsys.readouterr().err
+    assert ("| 2250/2250 [" in said) == terminal  # with the line of the last evaluation
+    assert "shapes/frs/fcos_tiny, seed 3: 3.0 AP in 0.0 min\n" in said
+    assert terminal or said.count("\n") == 3
     for run in found:
         assert (worker / run.folder / "threads").read_text() == "2"
         assert int((worker / run.folder / "beside").read_text()) <= 2

@@ -55,15 +55,12 @@ def test_the_levels_of_a_term_are_named(tmp_path, toy_dataset):
 
 
 def test_an_image_that_is_not_finite_is_named(tmp_path, toy_dataset):
+    def spoil(model, inputs):
+        image = inputs[0][1]
+        image["image"] = image["image"].float().fill_(NAN)
+
     def poison(trainer):
-        images = iter(trainer.data_loader)
-
-        def poisoned():
-            for batch in images:
-                batch[1]["image"] = batch[1]["image"].float().fill_(NAN)
-                yield batch
-
-        trainer._trainer._data_loader_iter = poisoned()
+        trainer.bare_model.register_forward_pre_hook(spoil)
 
     cfg = run_config(tmp_path, "FCOS", toy_dataset)
     with pytest.raises(UserError, match="iteration 1: .*image .*toy/train.*jpg is not finite"):

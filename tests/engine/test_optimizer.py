@@ -74,8 +74,12 @@ def test_norm_of_all_gradients_together_is_clipped(tmp_path, name):
     opts = [*clip, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
     model, optimizer, cfg = model_and_optimizer(tmp_path, name, opts, methods=["FRS"])
     _, plain, _ = model_and_optimizer(tmp_path, name, methods=["FRS"])
-    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    assert options == [{k: v for k, v in g.items() if k != "params"} for g in plain.param_groups]
+    # "foreach" is set by newer versions of Detectron2, and says how, not what is computed.
+    ours, stock = (
+        [{k: v for k, v in g.items() if k not in ("params", "foreach")} for g in x.param_groups]
+        for x in (optimizer, plain)
+    )
+    assert ours == stock
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
