@@ -62,8 +62,10 @@ def options(parser: argparse.ArgumentParser) -> Iterator[str]:
         metavar = action.metavar or action.dest.upper()
         words = metavar if isinstance(metavar, str) else " ".join(metavar)
         value = f" {words}" if takes_value(action) else ""
-        choices = f"; one of {', '.join(map(str, action.choices))}" if action.choices else ""
-        yield f"| `{name}{value}` | {action.help or ''}{choices} |"
+        said = [action.help] if action.help else []
+        if action.choices:
+            said.append(f"one of {', '.join(map(str, action.choices))}")
+        yield f"| `{name}{value}` | {'; '.join(said)} |"
 
 
 def takes_value(action: argparse.Action) -> bool:

@@ -49,6 +49,11 @@ built nor computed. What a `WEIGHT` defaults to, and any other default that is n
 stands with the method below.
 """
 
+SOURCES = """\
+Where values come from: *note* is a reading note of the paper, *[R]* a re-implementation, *ours* is
+published nowhere: [more](methods/{page}.md#where-it-comes-from).
+"""
+
 MODEL = """\
 ## The student
 
@@ -149,7 +154,8 @@ def kinds(method: Type[Distiller]) -> str:
 def method_section(name: str, method: Type[Distiller]) -> str:
     page = method.__module__.split(".")[2]
     parts = [f"### {method.node_name()}", f"[{name}](methods/{page}.md)."]
-    parts.append(table(list(method_rows(method))))
+    keys = table(list(method_rows(method)))
+    parts += [SOURCES.format(page=page).strip(), keys] if "[R]" in keys else [keys]
     if method.defaults_of:
         parts.append(kinds(method))
     return "\n\n".join(parts)

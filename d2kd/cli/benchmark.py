@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure at several values of size, batch, boxes or a config key",
     )
     parser.add_argument(
-        "--json", default="", metavar="FILE", help="keep what was measured; what is there is done"
+        "--json", default="", metavar="FILE", help="append to this; what is in it is not repeated"
     )
     parser.add_argument("--markdown", default="", metavar="FILE", help="write the table of recipes")
     add_device(parser)

@@ -28,16 +28,22 @@ _OWN_DATA = ("json", "images", "voc", "yolo")  # the options of each split
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="a file, or a recipe")
-    parser.add_argument("--num-gpus", type=int, default=1, help="that the run will have")
+    parser.add_argument("--num-gpus", type=int, default=1, help="how many GPUs the run will have")
     parser.add_argument("--no-images", action="store_true", help="do not open every image")
     parser.add_argument(
         "--config-only", action="store_true", help="without data and the teacher's weights"
     )
     add_data(parser)
     group = parser.add_argument_group("the teacher's AP, on the first validation set")
-    group.add_argument("--teacher-ap", type=float, metavar="AP", help="what it should be")
-    group.add_argument("--images", type=int, default=0, metavar="N", help="on N images; 0: all")
-    group.add_argument("--tolerance", type=float, default=1.0, metavar="AP", help="default: 1")
+    group.add_argument(
+        "--teacher-ap", type=float, metavar="AP", help="also evaluate the teacher; its expected AP"
+    )
+    group.add_argument(
+        "--images", type=int, default=0, metavar="N", help="for it, N images; default: all"
+    )
+    group.add_argument(
+        "--tolerance", type=float, default=1.0, metavar="AP", help="for it, points; default: 1"
+    )
     add_overrides(parser)
 
 

@@ -27,7 +27,9 @@ from .arguments import add_overrides, until_key
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="recipes, files, ablations")
     parser.add_argument("--seeds", nargs="+", default=["1"], metavar="SEED", help="default: 1")
-    parser.add_argument("--output", default="output/compare", help="folder for runs and table")
+    parser.add_argument(
+        "--output", default="output/compare", help="of runs and table (output/compare)"
+    )
     parser.add_argument(
         "--jobs",
         type=int,

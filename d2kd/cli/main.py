@@ -153,6 +153,7 @@ def make_parser(command: Command, module: ModuleType) -> argparse.ArgumentParser
         description=summary,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # an option that another command has would be taken for a longer one
     )
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
