@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from typing import Dict, Iterator, Sequence, Set
+from typing import Dict, Iterator, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
@@ -346,21 +346,27 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
+# The nodes of MODEL that are of backbones
+_BODIES = ("TIMM", "BASIC_RESNET")
+
+
 def needs_d2kd(cfg: CfgNode) -> bool:
     """Whether the student's architecture or backbone comes from d2kd, not from Detectron2."""
-    parts = (
-        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE),
-        BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME),
-    )
+    parts = (*_architectures(cfg), BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME))
     return any(part.__module__.startswith("d2kd.") for part in parts)
 
 
+def _architectures(cfg: CfgNode) -> Tuple:
+    """The student's architecture and what it is derived from."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return getattr(architecture, "__mro__", (architecture,))
+
+
 def _nodes_read(cfg: CfgNode) -> Set[str]:
-    """Which of d2kd's nodes of MODEL the student's architecture and backbone read."""
-    architecture = cfg.MODEL.META_ARCHITECTURE.replace("PaperFCOS", "FCOS")
-    backbone = cfg.MODEL.BACKBONE.NAME
-    parts = {"TIMM": "build_timm_", "BASIC_RESNET": "build_basic_resnet_"}
-    return {architecture} | {node for node, name in parts.items() if backbone.startswith(name)}
+    """Which of d2kd's nodes of MODEL the student's architecture and backbone may read."""
+    backbone = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    bodies = () if backbone.__module__.startswith("detectron2.") else _BODIES
+    return {kind.__name__ for kind in _architectures(cfg)}.union(bodies)
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

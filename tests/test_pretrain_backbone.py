@@ -1,4 +1,4 @@
-"""``tools/pretrain_backbone.py``: a file that fills the backbone of the detector, and nothing else."""
+"""``tools/pretrain_backbone.py``: a file that fills the backbone of a detector, no more."""
 
 import dataclasses
 import os

@@ -54,12 +54,16 @@ class FiniteLosses:
         done.terms.update(getattr(model, "last_terms", {}))
 
     def check(self) -> None:
-        """
+        """Looks at the losses since the last time, and forgets them.
+
         Raises:
             UserError: if a loss of the last step is not finite.
         """
         losses = [loss for done in self._passes for loss in done.losses.values()]
-        if not losses or torch.stack([loss.float().sum() for loss in losses]).isfinite().all():
+        if not losses:
+            return
+        if torch.stack([loss.float().sum() for loss in losses]).isfinite().all():
+            self._passes.clear()
             return
         wrong = ", ".join(
             f"{name} is {loss.item()}{_levels(name, done.terms)}"

@@ -154,6 +154,9 @@ class DistillTrainer(DefaultTrainer):
         average = self._average_hook()
         self._finite = FiniteLosses(model, self._trainer.optimizer, batches)
         stock = super().build_hooks()
+        for hook in stock:
+            if isinstance(hook, hooks.PreciseBN):  # its passes are none of training: no teacher
+                hook._model = self.student
         if is_lazy(self.cfg):
             lazy_parts.limit_checkpoints(self.cfg, stock)
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)

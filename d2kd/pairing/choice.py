@@ -124,9 +124,10 @@ def problem_of(cfg: CfgNode, methods: Sequence[str], pair: Pair) -> Optional[str
 
 
 def _comes_into_question(preference: Preference, pair: Pair) -> bool:
-    published = DISTILLER_REGISTRY.get(preference.method).defaults_of
+    method, architecture = preference.method, pair.cfg.MODEL.META_ARCHITECTURE
     return preference.kind in ("", pair.kind) and (
-        not preference.published or pair.cfg.MODEL.META_ARCHITECTURE in published
+        not preference.published
+        or DISTILLER_REGISTRY.get(method).defaults_for(architecture) is not None
     )
 
 

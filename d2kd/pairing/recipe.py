@@ -12,6 +12,7 @@ from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, written_whole
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import plain_yaml, read_value
+from d2kd.schema import get_value
 
 from .pair import Pair
 
@@ -48,15 +49,12 @@ def _values(cfg: CfgNode, name: str) -> Dict[str, Any]:
     """The weights of a method's terms, and what else its authors chose for this student."""
     method, node = DISTILLER_REGISTRY.get(name), cfg.DISTILL[name.upper()]
     keys = [f"{term.upper()}.WEIGHT" for term in method.enabled_terms(node)]
-    defaults = method.defaults_of.get(cfg.MODEL.META_ARCHITECTURE)
+    defaults = method.defaults_for(cfg.MODEL.META_ARCHITECTURE)
     keys += [key for key in (defaults.values if defaults else ()) if key not in keys]
     plain = yaml.safe_load(node.dump())
     values: Dict[str, Any] = {}
     for key in keys:
-        value: Any = plain
-        for part in key.split("."):
-            value = value[part]
-        merge(values, nested([key, value]))
+        merge(values, nested([key, get_value(plain, key)]))
     return values
 
 

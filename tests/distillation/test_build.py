@@ -7,7 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from toys import STUDENTS, batch, config, detector, distill_config, step
 
 from d2kd.checkpoint.weights import checksum
-from d2kd.config import add_distill_config, load_yaml, student_config
+from d2kd.config import add_distill_config, load_yaml, needs_d2kd, student_config
 from d2kd.distillation import TeacherStudent, build_detector, build_model
 from d2kd.distillation.build import build_teacher_detector
 from d2kd.errors import UserError
@@ -170,6 +170,26 @@ def test_student_config_has_only_what_differs(tmp_path):
     assert "DISTILL" not in student and "OPTIMIZER" not in student.SOLVER
     assert "FCOS" not in student.MODEL and "RPN" not in student.MODEL
     assert str(tmp_path / "run" / "model_final.pth") == student.MODEL.WEIGHTS
+
+
+def test_student_config_of_a_class_of_ones_own_keeps_the_node_of_its_base(tmp_path):
+    META_ARCH_REGISTRY.register(type("MyATSS", (META_ARCH_REGISTRY.get("ATSS"),), {}))
+    opts = ["MODEL.META_ARCHITECTURE", "MyATSS", "MODEL.ATSS.NUM_CLASSES", 7]
+    try:
+        cfg = distill_config(tmp_path, "ATSS", opts)
+        assert student_config(cfg).MODEL.ATSS.NUM_CLASSES == 7 and needs_d2kd(cfg)
+    finally:
+        del META_ARCH_REGISTRY._obj_map["MyATSS"]
+
+
+@pytest.mark.parametrize("device, current", [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch, device, current):
+    found = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, _: self)
+    build_detector(config(STUDENTS["FCOS"], ["MODEL.DEVICE", device]), "MODEL")
+    assert found == current
 
 
 def test_moving_the_model_moves_the_teacher(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from runs import run_config, train
 
+from d2kd.engine.finite import FiniteLosses
 from d2kd.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -75,3 +76,18 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, toy_dataset):
     for name in ("model_0000001", "model_final"):
         saved = torch.load(f"{cfg.OUTPUT_DIR}/{name}.pth", weights_only=True)["model"]
         assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_losses_are_looked_at_once_in_a_step():
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda inputs: {"loss": loss}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = FiniteLosses(model, optimizer)
+    loss = torch.tensor(1.0)
+    model([])
+    optimizer.step()
+    loss.fill_(NAN)
+    watch.check()  # it was finite before the step, and is not asked for again
+    model([])
+    with pytest.raises(UserError, match="loss is nan"):  # no optimizer's step: mixed precision
+        watch.check()

@@ -1,6 +1,8 @@
 """Methods default to the values that were published for the student's kind."""
 
 import pytest
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from torch import nn
 from toys import STUDENTS, config, distill_config
 
 from d2kd.distillation import build_model
@@ -56,3 +58,13 @@ def test_the_report_says_whose_values_they_are(tmp_path, caplog, student, opts, 
     with caplog.at_level("INFO"):
         build_model(distill_config(tmp_path, student, opts))
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("base, weight", [(RetinaNet, 2.0), (nn.Module, 6.0)])
+def test_a_class_of_ones_own_has_the_defaults_of_what_it_is_derived_from(base, weight):
+    META_ARCH_REGISTRY.register(type("OfOnesOwn", (base,), {}))
+    try:
+        given = ["MODEL.META_ARCHITECTURE", "OfOnesOwn"]
+        assert config(STUDENTS["RetinaNet"], given).DISTILL.PKD.FEATURE.WEIGHT == weight
+    finally:
+        del META_ARCH_REGISTRY._obj_map["OfOnesOwn"]

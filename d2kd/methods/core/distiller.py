@@ -16,6 +16,7 @@ from typing import (
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
@@ -117,6 +118,16 @@ class Distiller(nn.Module):
                 )
 
     @classmethod
+    def defaults_for(cls, architecture: str) -> Optional[Defaults]:
+        """What keys default to for a kind of student: its own values, or those of the nearest class
+        that it is derived from; None if there are none."""
+        if architecture not in META_ARCH_REGISTRY:  # which building the detector refuses
+            return cls.defaults_of.get(architecture)
+        kind = META_ARCH_REGISTRY.get(architecture)
+        names = (base.__name__ for base in getattr(kind, "__mro__", (kind,)))
+        return next((cls.defaults_of[name] for name in names if name in cls.defaults_of), None)
+
+    @classmethod
     def use_defaults_of(cls, node: CfgNode, architecture: str) -> None:
         """Sets what defaults to something else for a kind of student.
 
@@ -124,10 +135,11 @@ class Distiller(nn.Module):
             node: ``DISTILL.<NAME>``, changed in place.
             architecture: the student's ``MODEL.META_ARCHITECTURE``.
         """
-        if architecture not in cls.defaults_of:
+        defaults = cls.defaults_for(architecture)
+        if defaults is None:
             return
         general = cls.default_config()
-        for key, value in cls.defaults_of[architecture].values.items():
+        for key, value in defaults.values.items():
             if get_value(node, key) == get_value(general, key):  # nobody has set it yet
                 set_value(node, key, value)
 
@@ -136,10 +148,11 @@ class Distiller(nn.Module):
         """Where the values that differ by kind of student come from; "" if none do."""
         if not cls.defaults_of:
             return ""
-        if architecture not in cls.defaults_of:
+        defaults = cls.defaults_for(architecture)
+        if defaults is None:
             known = ", ".join(cls.defaults_of)
             return f"nobody's for {architecture}, search your own (there are some for {known})"
-        values, source = cls.defaults_of[architecture]
+        values, source = defaults
         same = all(get_value(node, key) == value for key, value in values.items())
         return source if same else f"as the config says, not {source}"
 
