@@ -9,7 +9,7 @@ from d2kd.config import read_config
 from d2kd.distillation import build_model
 from d2kd.errors import UserError
 from d2kd.model_zoo import resolve_config
-from d2kd.safe_yaml import list_comprehension, read_value, read_yaml
+from d2kd.safe_yaml import anchor_sizes, read_value, read_yaml
 
 MERGES = [f"A{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40)]
 ATTACKS = {
@@ -80,7 +80,7 @@ def test_detectron2s_own_anchor_sizes_are_read():
 )
 def test_other_expressions_are_not(text):
     with pytest.raises(ValueError):
-        list_comprehension(text)
+        anchor_sizes(text)
 
 
 def test_bases_in_every_form(tmp_path):

@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import threading
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import torch
@@ -161,6 +161,7 @@ class _SeededDataset(Dataset):
         self.mapper, self.refuse_deep = PicklableWrapper(mapper), makes_white(mapper)
         self.seed, self.rank, self.skip = seed, comm.get_rank(), skip
         self._in_worker = False
+        self._known: Set[int] = set()  # images that have been read once
 
     def __len__(self) -> int:
         return len(self.dicts)
@@ -181,7 +182,8 @@ class _SeededDataset(Dataset):
         while sample is None:
             entry = self.dicts[index]
             try:
-                sample = mapped(entry, self.mapper, self.refuse_deep)
+                sample = mapped(entry, self.mapper, self.refuse_deep and index not in self._known)
+                self._known.add(index)
                 index = random.randrange(len(self)) if sample is None else index
             except CannotRead as error:
                 bad.append((entry["file_name"], error.problem))

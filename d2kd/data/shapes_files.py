@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from typing import List, Optional
+from typing import Optional
 
 import cv2
 from iopath.common.file_io import file_lock
@@ -33,7 +33,6 @@ def annotation_file(folder: str, split: str) -> str:
 def prepare_shapes(spec: ShapesSpec, folder: str, seed: Optional[int] = None) -> None:
     """Make sure that the data set lies complete in a folder; draw it there if the folder is absent.
 
-    A set from before annotations had polygons gets them; its images and boxes stay as they are.
     Several processes may ask at once: one draws, the others wait for it.
 
     Args:
@@ -44,13 +43,12 @@ def prepare_shapes(spec: ShapesSpec, folder: str, seed: Optional[int] = None) ->
         UserError: the folder holds something else (never overwritten) or cannot be written.
     """
     folder = os.path.abspath(folder)
-    if _is_complete(spec, folder, seed) and not _splits_without_polygons(folder):
+    if _is_complete(spec, folder, seed):
         return
     try:
         with file_lock(folder):
             if not _is_complete(spec, folder, seed):
                 _write(spec, folder, seed or 0)
-            _add_polygons(spec, folder)
     except OSError as error:
         raise UserError(
             f"cannot write the data set {spec.name} to {folder} ({error}): "
@@ -87,44 +85,6 @@ def _is_complete(spec: ShapesSpec, folder: str, seed: Optional[int]) -> bool:
     return True
 
 
-def _splits_without_polygons(folder: str) -> List[str]:
-    # Not told by the manifest, so that code that knows no polygons can use the set, too.
-    splits = []
-    for split in SPLITS:
-        with open(annotation_file(folder, split), encoding="utf-8") as file:
-            if '"segmentation"' not in file.read():
-                splits.append(split)
-    return splits
-
-
-def _add_polygons(spec: ShapesSpec, folder: str) -> None:
-    """Write the annotations of a complete set again where they have no polygons.
-
-    Raises:
-        UserError: without the polygons, they would not be those that are there.
-    """
-    splits = _splits_without_polygons(folder)
-    if not splits:
-        return
-    logger.info(f"Adding polygons to the annotations in {folder}")
-    with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
-        seed = json.load(file)["seed"]
-    with _progress(spec) as progress:
-        for split in splits:
-            path = annotation_file(folder, split)
-            with open(path, encoding="utf-8") as file:
-                found = json.load(file)
-            content = _draw_split(spec, seed, split, progress)
-            for new, old in zip(content["annotations"], found["annotations"]):
-                old["segmentation"] = new["segmentation"]
-            if content != found:
-                raise UserError(
-                    f"{path} has no polygons and is not as it was drawn: "
-                    f"move or delete {folder} to draw the set anew, or choose another folder"
-                )
-            _write_json(path, content)
-
-
 def _write(spec: ShapesSpec, folder: str, seed: int) -> None:
     """Draw everything into a folder beside, then rename it: a killed run leaves no half set."""
     logger.info(
@@ -155,17 +115,14 @@ def _write_json(path: str, content: dict) -> None:
     os.replace(path + ".partial", path)
 
 
-def _draw_split(
-    spec: ShapesSpec, seed: int, split: str, progress: tqdm, folder: Optional[str] = None
-) -> dict:
-    """Draw a split, write its images into a folder, if one is given, and return its COCO JSON."""
+def _draw_split(spec: ShapesSpec, seed: int, split: str, progress: tqdm, folder: str) -> dict:
+    """Draw a split, write its images into a folder, and return its COCO JSON."""
     images, annotations = [], []
     for index in range(spec.images[split]):
         image, objects = draw_image(spec, seed, split, index)
         height, width = image.shape[:2]
         name = f"{index:06d}.jpg"
-        if folder is not None:
-            _write_image(os.path.join(folder, name), image)
+        _write_image(os.path.join(folder, name), image)
         images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
         annotations += [_annotation(index + 1, shape) for shape in objects]
         progress.update()

@@ -6,9 +6,9 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
-from d2kd.distillation import build_detector
 from d2kd.engine.versions import recorded_versions
 from d2kd.model_zoo import config_name
+from d2kd.pairing.pair import student_family
 
 from .rows import Row
 from .runs import Run
@@ -65,7 +65,7 @@ def cell_of(label: str, row: Row, seed: int, run: Run, opts: Sequence[str] = ())
 
 def parameters(config_file: str, opts: Sequence = ()) -> float:
     """Millions of parameters of the student that a config describes."""
-    student = build_detector(read_config(config_file, opts))
+    student = student_family(read_config(config_file, opts)).detector
     return sum(p.numel() for p in student.parameters()) / 1e6
 
 

@@ -146,8 +146,8 @@ def student_family(cfg: CfgNode) -> Family:
 def _teacher_names(cfg: CfgNode, teacher: Family, weights: str) -> Tuple[str, ...]:
     """The teacher's classes: those in its file, else those of the data that its config names, if
     they are as many as it has."""
-    if os.path.isfile(weights) and class_names_in(weights):
-        return class_names_in(weights)
+    if os.path.isfile(weights) and (names := class_names_in(weights)):
+        return names
     node = cfg.DISTILL.TEACHER
     if is_python(node.CONFIG):
         return ()

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence, Set
 
 import cv2
 import numpy as np
@@ -96,13 +96,15 @@ def _make_empty(folder: str) -> None:
 def _picture_names(paths: Sequence[str]) -> Dict[str, str]:
     """A name per image; those of images of the same name in several folders are numbered."""
     names: Dict[str, str] = {}
+    taken: Set[str] = set()
     for path in paths:
         stem, number = os.path.splitext(os.path.basename(path))[0], 1
         name = f"{stem}.jpg"
-        while name in names.values():
+        while name in taken:
             number += 1
             name = f"{stem}_{number}.jpg"
         names[path] = name
+        taken.add(name)
     return names
 
 

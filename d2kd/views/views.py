@@ -134,7 +134,7 @@ class View:
             with self.precision():
                 features = self._backbone_outputs
                 known = self.family.box_head.run(features, regions.boxes, read, known.pooled)
-            self._outputs[regions, read.stage] = known
+        self._outputs[regions, read.stage] = known
         return known
 
     def _seen(self, regions: RegionSet, stage: int) -> RegionOutputs:

@@ -12,6 +12,7 @@ from PIL import Image
 from small_shapes import SMALL
 
 from d2kd.config import add_distill_config
+from d2kd.data import bad_images
 from d2kd.data.builtin import register_shapes
 from d2kd.data.loader import BAD_IMAGES, ResumableLoader
 from d2kd.engine import DistillTrainer
@@ -143,3 +144,10 @@ class Broken:
 def test_a_fault_of_the_mapper_is_not_blamed_on_the_image(files):
     with pytest.raises(KeyError, match="its fault"):
         first_epoch(loader(9, mapper=Broken()), files)
+
+
+def test_the_depth_of_an_image_is_looked_at_once(files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bad_images, "too_deep", asked.append)
+    list(itertools.islice(loader(0), 2 * len(files) // 4))  # each of them twice
+    assert sorted(asked) == sorted(set(asked))

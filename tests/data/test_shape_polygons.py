@@ -1,9 +1,7 @@
 """The outlines of the embedded data as COCO polygons, from the drawing to mask AP."""
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -19,9 +17,8 @@ from toys import config, step
 from d2kd.data import shapes
 from d2kd.data.outlines import OUTLINES, keyhole
 from d2kd.data.shapes import SHAPES, SHAPES_TINY, draw_image
-from d2kd.data.shapes_files import MANIFEST, annotation_file, prepare_shapes
+from d2kd.data.shapes_files import annotation_file, prepare_shapes
 from d2kd.distillation import build_detector
-from d2kd.errors import UserError
 
 
 def rasterised(segmentation, height, width):
@@ -31,16 +28,6 @@ def rasterised(segmentation, height, width):
 def annotations_of(folder, split="train"):
     with open(annotation_file(str(folder), split)) as file:
         return json.load(file)["annotations"]
-
-
-def strip_polygons(folder):
-    """Make a set as it was drawn before annotations had polygons."""
-    for split in ("train", "val"):
-        path = Path(annotation_file(str(folder), split))
-        content = json.loads(path.read_text())
-        for annotation in content["annotations"]:
-            del annotation["segmentation"]
-        path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("name", sorted(OUTLINES))
@@ -116,30 +103,3 @@ def test_perfect_masks_score_100_in_coco_evaluation(toy_dataset, tmp_path):
     results = evaluator.evaluate()
     assert results["segm"]["AP"] == pytest.approx(100)
     assert results["bbox"]["AP"] == pytest.approx(100)
-
-
-def test_a_set_without_polygons_gets_them_and_stays_as_it_is_otherwise(tmp_path):
-    folder = tmp_path / "small"
-    prepare_shapes(SMALL, str(folder), seed=3)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    before = [path.read_bytes() for path in files]
-    images = [os.stat(path).st_mtime_ns for path in files if path.suffix == ".jpg"]
-    strip_polygons(folder)
-    prepare_shapes(SMALL, str(folder))
-    assert [path for path in sorted(folder.rglob("*")) if path.is_file()] == files
-    assert [path.read_bytes() for path in files] == before
-    assert [os.stat(path).st_mtime_ns for path in files if path.suffix == ".jpg"] == images
-
-
-def test_annotations_that_were_not_drawn_are_never_overwritten(tmp_path):
-    folder = tmp_path / "small"
-    prepare_shapes(SMALL, str(folder))
-    strip_polygons(folder)
-    path = Path(annotation_file(str(folder), "val"))
-    content = json.loads(path.read_text())
-    content["annotations"].pop()
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"{path} has no polygons and is not as it was drawn"):
-        prepare_shapes(SMALL, str(folder))
-    assert json.loads(path.read_text()) == content
-    assert json.loads((folder / MANIFEST).read_text())["version"] == shapes.VERSION

@@ -65,6 +65,7 @@ def test_a_class_of_ones_own_has_the_defaults_of_what_it_is_derived_from(base, w
     META_ARCH_REGISTRY.register(type("OfOnesOwn", (base,), {}))
     try:
         given = ["MODEL.META_ARCHITECTURE", "OfOnesOwn"]
-        assert config(STUDENTS["RetinaNet"], given).DISTILL.PKD.FEATURE.WEIGHT == weight
+        node = config(STUDENTS["RetinaNet"], given).DISTILL.PKD
+        assert weight == node.FEATURE.WEIGHT
     finally:
         del META_ARCH_REGISTRY._obj_map["OfOnesOwn"]
