@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from detectron2.config import CfgNode
 
@@ -22,8 +22,7 @@ class Key:
         help: what it means, and where the default comes from.
         low, high: bounds of a number, or of every number of a list, both included.
         above, below: bounds of a number, not included.
-        choices: the values that it may have; a function is called at the first check, for names
-            that are registered later.
+        choices: the values that it may have.
         length: numbers in a list, or several that may be; None = any.
         item: type of a list's entries, where the default is empty.
     """
@@ -34,7 +33,7 @@ class Key:
     high: float = math.inf
     above: Optional[float] = None
     below: Optional[float] = None
-    choices: Union[Tuple, Callable[[], Tuple], None] = None
+    choices: Optional[Tuple] = None
     length: Union[int, Tuple[int, ...], None] = None
     item: Optional[type] = None
 
@@ -59,9 +58,8 @@ class Key:
             value = float(value)
         if not _is(value, kind):
             return f"give {_NAMES.get(kind, kind.__name__)}"
-        choices = self.choices() if callable(self.choices) else self.choices
-        if choices is not None and value not in choices:
-            named = [choice for choice in choices if choice != ""]
+        if self.choices is not None and value not in self.choices:
+            named = [choice for choice in self.choices if choice != ""]
             return nearest(value, named) if kind is str else f"give one of {named}"
         if kind in (int, float):
             return self._problem_of_number(value)

@@ -96,14 +96,6 @@ def test_every_wrong_value_is_named_at_once():
         check_node(node, KEYS, "X")
 
 
-def test_choices_may_be_registered_later():
-    known = ["a"]
-    key = Key("a", choices=lambda: tuple(known))
-    assert key.problem("b")
-    known.append("b")
-    assert key.problem("b") is None
-
-
 def test_a_node_has_the_defaults_and_shares_none_of_its_lists():
     node = config_node(KEYS)
     assert node.COUNT == 3 and node.SIDE == "student" and node.TERM.WEIGHT == 1.0

@@ -78,9 +78,8 @@ def code(value: Any) -> str:
 
 def allowed(key: Key) -> str:
     """What a key's values may be, beside their type."""
-    choices = key.choices() if callable(key.choices) else key.choices
-    if choices:
-        return ", ".join(code(choice) for choice in choices)
+    if key.choices:
+        return ", ".join(code(choice) for choice in key.choices)
     parts = [bounds(key)] if bounds(key) else []
     if key.length is not None:
         lengths = (key.length,) if isinstance(key.length, int) else key.length

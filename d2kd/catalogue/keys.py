@@ -29,9 +29,8 @@ def what_it_may_be(key: Key) -> str:
     """``a number, 0 or more``"""
     is_list = isinstance(key.default, (list, tuple))
     kind = (key.item or type(key.default[0])) if is_list else type(key.default)
-    choices = key.choices() if callable(key.choices) else key.choices
-    if choices is not None:
-        text = "one of " + ", ".join(repr(choice) for choice in choices)
+    if key.choices is not None:
+        text = "one of " + ", ".join(repr(choice) for choice in key.choices)
     else:
         text = _TYPES.get(kind, "anything") + _bounds(key)
     return f"a list, each {text}" if is_list else text

@@ -1,7 +1,7 @@
 """TeacherStudent: the meta-architecture that trains a student beside a frozen teacher."""
 
 from collections import deque
-from typing import Deque, Dict, FrozenSet, List, Optional, Tuple
+from typing import Deque, Dict, FrozenSet, List, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -51,7 +51,7 @@ class TeacherStudent(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: Optional[Teacher],
+        teacher: Teacher,
         distillers: Dict[str, Distiller],
         reads: Dict[Tuple[str, str], Reads],
         schedules: Schedules,
@@ -59,7 +59,7 @@ class TeacherStudent(nn.Module):
         """
         Args:
             student: any detector of a registered family.
-            teacher: may be None when there is nothing to distil.
+            teacher: the frozen one.
             distillers: by method name.
             reads, schedules: one per (method, term) of all the distillers.
         """
@@ -84,14 +84,13 @@ class TeacherStudent(nn.Module):
 
     def _apply(self, fn, *args, **kwargs):
         """The teacher goes wherever the model is moved."""
-        if self.teacher is not None:
-            self.teacher.detector._apply(fn, *args, **kwargs)
+        self.teacher.detector._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
     def random_streams(self) -> Dict[str, RandomStream]:
         """Where random numbers are drawn beside the student's own: what resuming has to save."""
         streams = {name: distiller.random for name, distiller in self.distillers.items()}
-        return {**streams, "teacher": self.teacher.random} if self.teacher else streams
+        return {**streams, "teacher": self.teacher.random}
 
     def forward(self, batched_inputs: List[Dict]):
         """

@@ -120,8 +120,8 @@ def _images_not_finite(inputs: Tuple) -> Iterator[str]:
 def _sides(model: nn.Module) -> Dict[str, nn.Module]:
     if not isinstance(model, TeacherStudent):
         return {"student": model}
-    teacher = {"teacher": model.teacher.detector} if model.teacher else {}
-    return {**teacher, "student": model.student, "adapters": model.distillers}
+    adapters = model.distillers
+    return {"teacher": model.teacher.detector, "student": model.student, "adapters": adapters}
 
 
 def _blamed(side: str, tensor: str) -> str:

@@ -15,6 +15,8 @@ from d2kd.distillation import TeacherStudent
 from d2kd.errors import nearest
 from d2kd.layers.timing import mean_seconds
 
+from .metrics import PERIOD
+
 logger = logging.getLogger(__name__)
 
 # How the names of Detectron2's metrics of detection end
@@ -25,14 +27,8 @@ class ScheduleHook(HookBase):
     """Announces when a loss term starts and stops, and logs the weight of every term and its
     value per FPN level, as ``distill/<method>_<term>/...``."""
 
-    def __init__(self, model: TeacherStudent, period: int = 20):
-        """
-        Args:
-            model: the model in training.
-            period: iterations between two logs; reading values from the device costs time.
-        """
+    def __init__(self, model: TeacherStudent):
         self._model = model
-        self._period = period
         self._active = None
 
     def before_step(self) -> None:
@@ -45,7 +41,7 @@ class ScheduleHook(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
-        if (iteration + 1) % self._period:
+        if (iteration + 1) % PERIOD:  # reading values from the device costs time
             return
         storage = self.trainer.storage
         for (method, term), schedule in self._model.schedules.items():
@@ -122,19 +118,17 @@ class CostHook(HookBase):
     else of the process; and as ``teacher_time`` and ``distillation_time`` the seconds of a step
     that go to the teacher and to the distillation losses, both without the backward pass."""
 
-    def __init__(self, model: nn.Module, batches: int = 1, period: int = 20):
+    def __init__(self, model: nn.Module, batches: int = 1):
         """
         Args:
             model: the model in training.
             batches: passes of the model in a step.
-            period: iterations between two logs.
         """
         self._model = model
         self._batches = batches
-        self._period = period
 
     def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self._period:
+        if (self.trainer.iter + 1) % PERIOD:
             return
         storage = self.trainer.storage
         storage.put_scalar("max_memory", max_memory(), smoothing_hint=False)

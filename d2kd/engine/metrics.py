@@ -7,12 +7,12 @@ from typing import Any, Dict, Iterable, List, Tuple
 
 from detectron2.utils.events import EventStorage, EventWriter
 
-from .progress import ProgressPrinter
+from d2kd.distillation.teacher_student import LOG_PERIOD
+
+from .progress import WINDOW, ProgressPrinter
 
 METRICS = "metrics.json"
-# Of Detectron2's writers: iterations between two writes, and values that a smoothed one is made of
-PERIOD = 20
-WINDOW = 20
+PERIOD = LOG_PERIOD  # iterations between two lines, as in Detectron2
 # Values to keep of each: one at least is from before the last write, if there was one
 _KEPT = PERIOD + WINDOW
 

@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
 logger = logging.getLogger(__name__)
 
-# Losses are medians of so many steps, as in Detectron2
+# Values that a smoothed one is made of, as in Detectron2
 WINDOW = 20
 # Parts of a step that are logged as <part>_time; what they leave is the student's
 _PARTS = ("data", "teacher", "distillation")

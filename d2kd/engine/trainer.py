@@ -138,7 +138,7 @@ class DistillTrainer(DefaultTrainer):
             self.student,
             self.cfg.SOLVER.CHECKPOINT_PERIOD,
             model.random_streams() if distilled else {},
-            model.teacher.checksum if distilled and model.teacher else "",
+            model.teacher.checksum if distilled else "",
         )
         self._stop_hook = StopHook(self.cfg.RUN.TIMEOUT)
         extra = {"distillers": model.distillers} if distilled else {}

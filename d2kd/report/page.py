@@ -187,7 +187,7 @@ def _detections(facts: Sequence[RunFacts], pairs: Sequence[Pair]) -> Grid:
 
 def _teachers(pairs: Sequence[Pair]) -> Dict[str, Pair]:
     """A pair for every teacher, by what it is called."""
-    first = {p.model.teacher.weights: p for p in reversed(pairs) if p.model and p.model.teacher}
+    first = {p.model.teacher.weights: p for p in reversed(pairs) if p.model}
     alone = len(first) == 1
     return {"teacher" if alone else f"teacher of {p.facts.name}": p for p in first.values()}
 
@@ -232,7 +232,7 @@ def _cost_row(facts: RunFacts, model: Optional[TeacherStudent]) -> List[str]:
     return [
         facts.name,
         f"{_millions(facts.run.student('cpu')):.2f}",
-        f"{_millions(model.teacher.detector):.2f}" if model and model.teacher else "",
+        f"{_millions(model.teacher.detector):.2f}" if model else "",
         *(_number(seconds.get(part), 3) for part in parts),
         _number(memory, 0),
     ]
