@@ -19,7 +19,7 @@ LAYERS = [
     {"modeling", "data", "model_zoo", "safe_yaml"},
     {"views"},
     {"methods"},
-    {"config"},
+    {"config", "student_config"},
     {"checkpoint", "distillation"},
     {"engine"},
     {"analysis", "catalogue", "check", "evidence", "export", "pairing", "prediction", "report"},

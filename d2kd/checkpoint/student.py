@@ -8,10 +8,10 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from d2kd.config import needs_d2kd, student_config
 from d2kd.errors import UserError
 from d2kd.lazy import lazy_config, to_program
 from d2kd.model_zoo import FINAL_WEIGHTS
+from d2kd.student_config import needs_d2kd, student_config
 
 from .files import Unreadable, read_file
 from .finite import first_not_finite

@@ -1,7 +1,8 @@
 """Draws what a method looks at: FRS's scores, DeFeat's masks, G-DetKD's attention to FPN levels.
 
-Takes images as the training loader gives them, and the maps of one training step on them. Attention
-is learned: it is that of a checkpoint of the recipe's run, over the size of regions.
+Takes images as the training loader gives them, and the maps of the first training step on them
+(those of a trained student are in the report of its run). Attention is learned: it is that of a
+checkpoint of the recipe's run, over the size of regions.
 
 examples:
   d2kd visualize shapes/defeat/faster_rcnn_tiny.yaml --output masks.png

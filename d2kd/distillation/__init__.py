@@ -2,6 +2,13 @@
 
 from .build import build_detector, build_model, build_teacher
 from .teacher import Teacher
-from .teacher_student import TeacherStudent
+from .teacher_student import TeacherStudent, fill_from_run
 
-__all__ = ["Teacher", "TeacherStudent", "build_detector", "build_model", "build_teacher"]
+__all__ = [
+    "Teacher",
+    "TeacherStudent",
+    "build_detector",
+    "build_model",
+    "build_teacher",
+    "fill_from_run",
+]

@@ -9,6 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
+from d2kd.checkpoint import StudentCheckpointer
+from d2kd.errors import UserError
 from d2kd.layers import RandomStream
 from d2kd.layers.timing import Stopwatch
 from d2kd.methods import Distiller
@@ -218,3 +220,21 @@ def _log_diagnostics(values: Dict[str, Tensor], storage: EventStorage) -> None:
     if (storage.iter + 1) % LOG_PERIOD == 0:
         for name, value in values.diagnostics().items():
             storage.put_scalar(f"distill/{name}", value.item(), smoothing_hint=False)
+
+
+def fill_from_run(model: TeacherStudent, path: str) -> None:
+    """Reads student and adapters of a checkpoint.
+
+    Raises:
+        UserError: if the file holds none, or others.
+    """
+    if not path:
+        raise UserError("MODEL.WEIGHTS is '': give a checkpoint of the recipe's run")
+    checkpointer = StudentCheckpointer(model.student)
+    saved = checkpointer.load(path)
+    if checkpointer.unfilled or "distillers" not in saved:
+        raise UserError(f"{path} does not hold the student and the adapters of this recipe")
+    try:
+        model.distillers.load_state_dict(saved["distillers"])
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the adapters of this recipe") from error

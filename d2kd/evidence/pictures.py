@@ -1,6 +1,6 @@
 """Pictures of what methods look at."""
 
-from typing import Tuple
+from typing import Dict, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -10,15 +10,16 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from d2kd.labels import as_label
 
-from .maps import Attention, LevelMaps, Looked
+from .maps import Attention, Looked
 
 
 def draw(cfg: CfgNode, looked: Looked) -> Figure:
-    """One row per image and method, the image with its objects, then the map of every level; below,
-    a row for the attention.
+    """One row per image and kind of maps, the image with its objects, then the map of every level;
+    below, a row for the attention.
 
     Args:
         cfg: of the recipe.
@@ -37,22 +38,24 @@ def draw(cfg: CfgNode, looked: Looked) -> Figure:
         extent = (0, image.shape[1], image.shape[0], 0)
         row[0].imshow(_with_objects(cfg, image, x["instances"]), extent=extent)
         row[0].set_title(name)
-        _draw_levels(row[1:], image, maps[name], i)
+        _draw_levels(row[1:], image, {k: x[i] for k, x in maps[name].items()}, looked.strides)
     if attention is not None:
         _plot(attention, figure.add_subplot(axes[-1, 0].get_gridspec()[-1, :]))
     figure.tight_layout()
     return figure
 
 
-def _draw_levels(axes: np.ndarray, image: np.ndarray, levels: LevelMaps, index: int) -> None:
+def _draw_levels(
+    axes: np.ndarray, image: np.ndarray, levels: Dict[str, Tensor], strides: Dict[str, int]
+) -> None:
     height, width = image.shape[:2]
-    for a, (stride, level) in zip(axes, levels.items()):
+    for a, (name, level) in zip(axes, levels.items()):
         # The map covers the padded batch, whose top left corner is the image.
-        h, w = level.shape[1:]
+        (h, w), stride = level.shape, strides[name]
         a.imshow(image, extent=(0, width, height, 0))
         extent = (0, w * stride, h * stride, 0)
-        a.imshow(level[index].float().cpu(), extent=extent, alpha=0.6, vmin=0, vmax=1)
-        a.set_title(f"stride {stride}")
+        a.imshow(level, extent=extent, alpha=0.6, vmin=0, vmax=1)
+        a.set_title(f"{name}, stride {stride}")
 
 
 def mean_by_size(attention: Attention) -> Tuple[np.ndarray, np.ndarray]:

@@ -14,9 +14,9 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from d2kd.distillation import TeacherStudent
+from d2kd.distillation.maps import Maps, kept_maps
 from d2kd.views import Features, Read, Recorder, Stage, StudentView
 
-Maps = Dict[str, Tensor]  # (N, h, w) by the name of a level or stage
 _SEED = 0
 
 
@@ -72,25 +72,10 @@ def _step(
     model: TeacherStudent, inputs: List[dict], iteration: int, recorder: Recorder
 ) -> Tuple[Dict[str, Tensor], Dict[str, Maps]]:
     """The weighted losses of the methods, with their graph, and the methods' own maps."""
-    own: Dict[str, Maps] = {}
-
-    def keep(name):
-        def hook(distiller, views, _):
-            with torch.no_grad():
-                for title, maps in distiller.maps(*views).items():
-                    own[f"{name}: {title}"] = {k: x.float().cpu() for k, x in maps.items()}
-
-        return hook
-
-    handles = [d.register_forward_hook(keep(name)) for name, d in model.distillers.items()]
     model.train()
-    try:
-        with torch.random.fork_rng(), EventStorage(iteration), recorder:
-            torch.manual_seed(_SEED)
-            losses = model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with kept_maps(model) as own, torch.random.fork_rng(), EventStorage(iteration), recorder:
+        torch.manual_seed(_SEED)
+        losses = model(inputs)
     names = [f"loss_{name}_{term}".lower() for name, term in model.schedules]
     return {name: losses[name] for name in names if name in losses}, own
 

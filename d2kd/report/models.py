@@ -10,7 +10,6 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
 from torch import nn
 
-from d2kd.checkpoint import StudentCheckpointer
 from d2kd.data.check import check_dataset_names
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.errors import UserError
@@ -42,22 +41,6 @@ def on_this_machine(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     return cfg
-
-
-def fill(model: TeacherStudent, path: str) -> None:
-    """Reads student and adapters of a checkpoint.
-
-    Raises:
-        UserError: if the file holds none, or others.
-    """
-    checkpointer = StudentCheckpointer(model.student)
-    saved = checkpointer.load(path)
-    if checkpointer.unfilled or "distillers" not in saved:
-        raise UserError(f"{path} does not hold the student and the adapters of this run")
-    try:
-        model.distillers.load_state_dict(saved["distillers"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold the adapters of this run") from error
 
 
 def shown_images(cfg: CfgNode, number: int) -> Shown:

@@ -7,7 +7,7 @@ import jinja2
 
 import d2kd
 from d2kd.checkpoint import written_whole
-from d2kd.distillation import TeacherStudent
+from d2kd.distillation import TeacherStudent, fill_from_run
 from d2kd.distillation.report import LOSS_HEADERS, PAIR_HEADERS, loss_rows, pair_rows
 from d2kd.engine.runs import TrainedRun
 from d2kd.errors import UserError
@@ -16,7 +16,7 @@ from d2kd.views import build_family
 from .facts import RunFacts, facts_of
 from .figures import ap_curves, class_bars, loss_curves
 from .looks import Look, look
-from .models import Shown, detections, fill, shown_images, teacher_student, with_objects
+from .models import Shown, detections, shown_images, teacher_student, with_objects
 from .pictures import SCORE, Grid, before_and_after, map_rows, side_by_side
 
 REPORT = "report.html"
@@ -201,7 +201,7 @@ def _looks(pair: Pair) -> List[Pictures]:
     looks: Dict[str, Look] = {}
     first = pair.facts.first_checkpoint()
     for path in filter(None, [first, pair.facts.run.weights]):
-        fill(pair.model, path)
+        fill_from_run(pair.model, path)
         looks[os.path.basename(path)] = look(pair.model, inputs, cfg.SOLVER.MAX_ITER // 2)
     strides = {name: s for x in looks.values() for name, s in x.strides.items()}
     pulls = before_and_after(looks, lambda x: x.pulls)

@@ -31,7 +31,11 @@ def run(monkeypatch, folder, toy_dataset, methods, opts=(), teacher="RetinaNet",
 
 def test_one_row_per_image_and_method(monkeypatch, tmp_path, toy_dataset, capsys):
     run(monkeypatch, tmp_path, toy_dataset, ["DeFeat", "FRS"])
-    assert capsys.readouterr().out.strip().endswith("DeFeat, 5 levels, FRS, 5 levels")
+    assert (
+        capsys.readouterr()
+        .out.strip()
+        .endswith("DeFeat: objects, 5 levels, FRS: the teacher's score, 5 levels")
+    )
     height, width, _ = cv2.imread(str(tmp_path / "maps.png")).shape
     assert (height, width) == (4 * 300, 6 * 300)
 
@@ -88,7 +92,7 @@ def test_maps_and_attention_in_one_picture(monkeypatch, tmp_path, toy_dataset, c
     opts = [*GDETKD, "MODEL.WEIGHTS", checkpoint(tmp_path, 1.0, methods)]
     run(monkeypatch, tmp_path, toy_dataset, methods, opts, teacher="FasterRCNN")
     out = capsys.readouterr().out.strip()
-    assert out.endswith("FRS, 4 levels, GDetKD, 5 levels, 128 regions")
+    assert out.endswith("FRS: the teacher's score, 4 levels, GDetKD, 5 levels, 128 regions")
     height, width, _ = cv2.imread(str(tmp_path / "maps.png")).shape
     assert (height, width) == (3 * 300, 5 * 300)
 
@@ -96,9 +100,12 @@ def test_maps_and_attention_in_one_picture(monkeypatch, tmp_path, toy_dataset, c
 @pytest.mark.parametrize(
     "opts, message",
     [
-        ([], "MODEL.WEIGHTS is '': G-DetKD's attention is learned"),
-        (["DISTILL.GDETKD.EMBED_DIMS", "[8, 8]"], "its adapters are not those of this recipe"),
-        (["DISTILL.GDETKD.MATCH", "assigned"], "attention of GDetKD with MATCH soft"),
+        ([], "MODEL.WEIGHTS is '': give a checkpoint of the recipe's run"),
+        (["DISTILL.GDETKD.EMBED_DIMS", "[8, 8]"], "does not hold the adapters of this recipe"),
+        (
+            ["DISTILL.GDETKD.MATCH", "assigned"],
+            "(FRS, DeFeat and HGD do, and GDetKD with MATCH soft)",
+        ),
     ],
 )
 def test_no_attention_is_one_line(monkeypatch, tmp_path, toy_dataset, capsys, opts, message):
@@ -123,3 +130,8 @@ def test_a_picture_has_a_known_ending(monkeypatch, tmp_path, toy_dataset, capsys
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, toy_dataset, ["FRS"], name="maps.tiff")
     assert "give a name with .jpg, .pdf, .png, .svg" in capsys.readouterr().err
+
+
+def test_any_method_that_weighs_places_is_shown(monkeypatch, tmp_path, toy_dataset, capsys):
+    run(monkeypatch, tmp_path, toy_dataset, ["HGD"], ["DISTILL.HGD.SOURCE", "backbone"])
+    assert "HGD: micro weights, mean of the channels, " in capsys.readouterr().out

@@ -7,12 +7,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from toys import STUDENTS, batch, config, detector, distill_config, step
 
 from d2kd.checkpoint.weights import checksum
-from d2kd.config import add_distill_config, load_yaml, needs_d2kd, student_config
+from d2kd.config import add_distill_config, load_yaml
 from d2kd.distillation import TeacherStudent, build_detector, build_model
 from d2kd.distillation.build import build_teacher_detector
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import resolve_config
+from d2kd.student_config import needs_d2kd, student_config
 
 
 def test_no_method_is_the_plain_detector():
