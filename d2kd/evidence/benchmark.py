@@ -18,8 +18,7 @@ from d2kd.distillation.build import build_teacher_detector, distilled_methods
 from d2kd.distillation.teacher import TeacherPass
 from d2kd.errors import UserError, reason
 from d2kd.layers.memory import keep_freed_memory
-from d2kd.methods.gdetkd import GDetKD
-from d2kd.views import Proposals, Recorder, Regions, RegionSet, StudentView, TeacherView
+from d2kd.views import Recorder, Regions, RegionSet, StudentView, TeacherView
 
 from .profile import Step, additional, host_syncs, peak_memory, timed
 
@@ -220,24 +219,33 @@ def _teacher_forward(model: TeacherStudent, inputs: List[dict], amp: bool) -> Ca
     targets = [x["instances"].to(model.device) for x in inputs]
     student = StudentView(model.family, ours, recorder, sizes, targets)
 
-    def forward() -> None:
+    def forward() -> TeacherView:
         with _precision(model.device, amp):
             teacher_pass = TeacherPass(model.teacher, inputs, theirs)
             teacher_pass.run_backbone(student.images.tensor)
-            teacher = teacher_pass.finish(targets)
-            for read in theirs:
-                if isinstance(read, Regions):
-                    teacher.regions(_compared_regions(model, student, teacher, targets), read)
+            return teacher_pass.finish(targets)
 
-    return forward
+    asked = _regions_asked(model, student, forward(), targets)
+    reads = [read for read in theirs if isinstance(read, Regions)]
+
+    def forward_of_regions() -> None:
+        teacher = forward()
+        with _precision(model.device, amp):
+            for regions, stage in asked:
+                for read in reads:
+                    if read.stage == stage:
+                        teacher.regions(regions, read)
+
+    return forward_of_regions
 
 
-def _compared_regions(
+@torch.no_grad()
+def _regions_asked(
     model: TeacherStudent, student: StudentView, teacher: TeacherView, targets: List[Instances]
-) -> RegionSet:
-    """The regions that the methods of the model compare."""
+) -> List[Tuple[RegionSet, int]]:
+    """What the methods of the model ask the teacher's box heads for, found by running them."""
     for distiller in model.distillers.values():
-        if isinstance(distiller, GDetKD):
-            return distiller.regions(student, teacher, targets)
-    reads = {read: view for view in (teacher, student) for read in view.reads}
-    return next(v.proposals(read) for read, v in reads.items() if isinstance(read, Proposals))
+        distiller.want(distiller.terms)
+        with distiller.random:
+            distiller(student, teacher, targets)
+    return teacher.asked

@@ -1,5 +1,6 @@
 """Pictures of what methods look at."""
 
+import textwrap
 from typing import Dict, Tuple
 
 import numpy as np
@@ -37,7 +38,7 @@ def draw(cfg: CfgNode, looked: Looked) -> Figure:
         image = convert_image_to_rgb(x["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
         extent = (0, image.shape[1], image.shape[0], 0)
         row[0].imshow(_with_objects(cfg, image, x["instances"]), extent=extent)
-        row[0].set_title(name)
+        row[0].set_title(textwrap.fill(name, 26))
         _draw_levels(row[1:], image, {k: x[i] for k, x in maps[name].items()}, looked.strides)
     if attention is not None:
         _plot(attention, figure.add_subplot(axes[-1, 0].get_gridspec()[-1, :]))

@@ -137,6 +137,11 @@ class View:
         self._outputs[regions, read.stage] = known
         return known
 
+    @property
+    def asked(self) -> List[Tuple[RegionSet, int]]:
+        """The regions that have been asked for so far, each with the number of the box head."""
+        return list(self._outputs)
+
     def _seen(self, regions: RegionSet, stage: int) -> RegionOutputs:
         if (regions, stage) in self._outputs:
             return self._outputs[regions, stage]

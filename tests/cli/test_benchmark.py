@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from toys import STUDENTS
 
 from d2kd.cli.main import main
 from d2kd.errors import UserError
+from d2kd.evidence import benchmark
 from d2kd.evidence.benchmark import AS_STOCK, STANDARD, Case, Costs, Load
 from d2kd.evidence.costs import growth_text, read_costs
 from d2kd.evidence.profile import peak_memory
+from d2kd.views.families import BoxHead
 
 KIB = torch.zeros(256)  # float32
 
@@ -141,3 +144,20 @@ def test_nothing_to_compare_is_one_line(capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", STUDENTS["FCOS"], "MODEL.DEVICE", "cpu"])
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_teachers_forward_is_of_the_regions_that_the_methods_compare(monkeypatch):
+    """Two passes of DeFeat's box head with both proposals, one of G-DetKD's with its own."""
+    calls = []
+    run = BoxHead.run
+    monkeypatch.setattr(BoxHead, "run", lambda *args: calls.append(1) or run(*args))
+    opts = ["MODEL.DEVICE", "cpu", "DISTILL.DEFEAT.PROPOSALS_FROM", "both"]
+    for recipe, passes in (("defeat/faster_rcnn_tiny", 2), ("gdetkd/retinanet_faster_rcnn_tiny", 1)):
+        case = Case(f"shapes/{recipe}.yaml", opts)
+        model = benchmark.random_pair(case.config())
+        inputs = benchmark.random_batch(Load(size=64), model.family.num_classes)
+        with EventStorage():
+            forward = benchmark._teacher_forward(model, inputs, amp=False)
+            calls.clear()
+            forward()
+        assert len(calls) == passes
