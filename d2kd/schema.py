@@ -57,7 +57,7 @@ class Key:
         if kind is float and _is(value, int):
             value = float(value)
         if not _is(value, kind):
-            return f"give {_NAMES.get(kind, kind.__name__)}"
+            return f"give {TYPES.get(kind, kind.__name__)}"
         if self.choices is not None and value not in self.choices:
             named = [choice for choice in self.choices if choice != ""]
             return nearest(value, named) if kind is str else f"give one of {named}"
@@ -83,7 +83,7 @@ class Key:
 
 Keys = Mapping[str, Union[Key, Mapping]]
 
-_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -6,9 +6,7 @@ from typing import Dict, List, Mapping, Tuple
 from d2kd.config import DATASETS_KEYS, DISTILL_KEYS, RUN_KEYS, SOLVER_KEYS
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.modeling.config import MODEL_KEYS
-from d2kd.schema import Key, Keys, walk
-
-_TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+from d2kd.schema import TYPES, Key, Keys, walk
 
 
 def all_keys() -> Dict[str, Key]:
@@ -32,7 +30,7 @@ def what_it_may_be(key: Key) -> str:
     if key.choices is not None:
         text = "one of " + ", ".join(repr(choice) for choice in key.choices)
     else:
-        text = _TYPES.get(kind, "anything") + _bounds(key)
+        text = TYPES.get(kind, "anything") + _bounds(key)
     return f"a list, each {text}" if is_list else text
 
 
