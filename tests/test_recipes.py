@@ -63,7 +63,10 @@ def test_recipe_is_short(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_repeats_nothing_that_follows_from_its_place(name):
     text = Path(CONFIGS[name]).read_text()
-    assert "OUTPUT_DIR" not in text and "output/" not in text
+    # What tools/pretrain_backbone.py writes is no run, and has no place of its own.
+    assert "OUTPUT_DIR" not in text and "output/" not in text.replace(
+        "output/shapes/pretrained", ""
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -146,18 +146,19 @@ def test_nothing_to_compare_is_one_line(capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_the_teachers_forward_is_of_the_regions_that_the_methods_compare(monkeypatch):
-    """Two passes of DeFeat's box head with both proposals, one of G-DetKD's with its own."""
+@pytest.mark.parametrize(
+    "recipe, passes", [("defeat/faster_rcnn_tiny", 2), ("gdetkd/retinanet_faster_rcnn_tiny", 1)]
+)
+def test_the_teachers_forward_is_of_the_regions_that_are_compared(monkeypatch, recipe, passes):
+    """DeFeat's box head runs on both sets of proposals, G-DetKD's on its own regions, once."""
     calls = []
     run = BoxHead.run
     monkeypatch.setattr(BoxHead, "run", lambda *args: calls.append(1) or run(*args))
     opts = ["MODEL.DEVICE", "cpu", "DISTILL.DEFEAT.PROPOSALS_FROM", "both"]
-    for recipe, passes in (("defeat/faster_rcnn_tiny", 2), ("gdetkd/retinanet_faster_rcnn_tiny", 1)):
-        case = Case(f"shapes/{recipe}.yaml", opts)
-        model = benchmark.random_pair(case.config())
-        inputs = benchmark.random_batch(Load(size=64), model.family.num_classes)
-        with EventStorage():
-            forward = benchmark._teacher_forward(model, inputs, amp=False)
-            calls.clear()
-            forward()
-        assert len(calls) == passes
+    model = benchmark.random_pair(Case(f"shapes/{recipe}.yaml", opts).config())
+    inputs = benchmark.random_batch(Load(size=64), model.family.num_classes)
+    with EventStorage():
+        forward = benchmark._teacher_forward(model, inputs, amp=False)
+        calls.clear()
+        forward()
+    assert len(calls) == passes
