@@ -7,6 +7,7 @@ from typing import List, Sequence, Tuple
 
 from d2kd.errors import UserError
 from d2kd.lazy import python_overrides
+from d2kd.pairing import Plan, make_plan
 
 _OVERRIDE = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*|.*=.*")  # a key of YAML, or path.key=value
 
@@ -43,6 +44,48 @@ def add_data(parser: argparse.ArgumentParser) -> None:
             metavar=("YAML", "SPLIT"),
             help=f"instead: for instance data.yaml {split}",
         )
+
+
+def add_names(parser: argparse.ArgumentParser) -> None:
+    """Two detectors and a method, in the place of a config file."""
+    group = parser.add_argument_group("without a config file")
+    named = "a recipe, a file, or a name in Detectron2's model zoo"
+    group.add_argument("--student", default="", metavar="NAME", help=named)
+    group.add_argument("--teacher", default="", metavar="NAME", help=f"{named}; or a run's folder")
+    group.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="default: one that suits the two; several by several --method",
+    )
+    group.add_argument(
+        "--finetune-teacher",
+        action="store_true",
+        help="train the teacher on the student's data first, in OUTPUT_DIR/teacher",
+    )
+
+
+def gives_names(args: argparse.Namespace) -> bool:
+    """Whether the words of :func:`add_names` are used."""
+    return bool(args.student or args.teacher or args.method or args.finetune_teacher)
+
+
+def plan_of(args: argparse.Namespace, opts: Sequence[str]) -> Plan:
+    """What the words of :func:`add_names` amount to, with overrides.
+
+    Raises:
+        UserError: if one is missing or unknown, or no method fits.
+    """
+    if args.config_file:
+        raise UserError(
+            "--config-file does not go with --student, --teacher, --method: give the names or the "
+            "file"
+        )
+    if not (args.student and args.teacher):
+        missing = "--teacher" if args.student else "--student"
+        raise UserError(f"{missing} is missing: give both detectors, or a --config-file")
+    return make_plan(args.student, args.teacher, args.method, opts, args.finetune_teacher)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -6,22 +6,29 @@ need. Ends with status 1 if there are errors.
 
 examples:
   d2kd check --config-file shapes/frs/fcos_tiny.yaml
+  d2kd check --student COCO-Detection/retinanet_R_50_FPN_1x \\
+      --teacher COCO-Detection/retinanet_R_101_FPN_3x
   d2kd check --config-file my.yaml --train-json train.json --train-images photographs \\
       --val-json val.json --val-images photographs
   d2kd check --config-file coco.yaml --no-images --num-gpus 8 --teacher-ap 38.5 --images 500
 """
 
 import argparse
+import os
 import shlex
 import sys
-from typing import Optional
+import tempfile
+from typing import Iterator, Optional
+
+from detectron2.config import CfgNode
 
 from d2kd.check import Part, TeacherAP, check_config, check_run
 from d2kd.config import read_config
 from d2kd.data.findings import ERROR, WARNING, count, summary
 from d2kd.errors import UserError
+from d2kd.pairing.recipe import write_recipe
 
-from .arguments import add_data, add_overrides, overrides_of
+from .arguments import add_data, add_names, add_overrides, gives_names, overrides_of, plan_of
 
 _OWN_DATA = ("json", "images", "voc", "yolo")  # the options of each split
 
@@ -33,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-only", action="store_true", help="without data and the teacher's weights"
     )
+    add_names(parser)
     add_data(parser)
     group = parser.add_argument_group("the teacher's AP, on the first validation set")
     group.add_argument(
@@ -48,32 +56,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.config_file:
+    if not (args.config_file or gives_names(args)):
         raise UserError(
-            "--config-file is missing: give a file or a recipe, such as shapes/frs/fcos_tiny.yaml"
+            "--config-file is missing: give a file or a recipe, such as shapes/frs/fcos_tiny.yaml, "
+            "or --student and --teacher"
         )
     if args.num_gpus < 1:
         raise UserError(f"--num-gpus is {args.num_gpus}: give 1 or more")
-    cfg = read_config(args.config_file, overrides_of(args))
-    if args.config_only:
-        parts = check_config(cfg, debug=args.debug)
-    else:
-        parts = check_run(
-            cfg,
-            num_gpus=args.num_gpus,
-            images=not args.no_images,
-            teacher_ap=_teacher_ap(args),
-            debug=args.debug,
-        )
     findings = []
-    for part in parts:
-        _show(part)
-        findings += part.findings
+    with tempfile.TemporaryDirectory(prefix="d2kd_check_") as folder:
+        for part in _parts(args, folder):
+            _show(part)
+            findings += part.findings
     errors, warnings = count(findings, ERROR), count(findings, WARNING)
     print(f"\nfound {errors} errors, {warnings} warnings")
     if errors:
         sys.exit(1)
     print(f"next: {_training(args)}")
+
+
+def _parts(args: argparse.Namespace, folder: str) -> Iterator[Part]:
+    """
+    Args:
+        folder: for what the names amount to.
+    """
+    opts = overrides_of(args)
+    if args.config_file and not gives_names(args):
+        yield from _parts_of(args, read_config(args.config_file, opts), args.config_only)
+        return
+    plan = plan_of(args, opts)
+    print(plan, flush=True)
+    if plan.teacher:
+        print("\nstep 1, the teacher", flush=True)
+        teacher = write_recipe(os.path.join(folder, "teacher"), plan.teacher, [])
+        yield from _parts_of(args, read_config(teacher), args.config_only)
+        print("\nstep 2, the student, with a teacher of random weights", flush=True)
+        plan.recipe["DISTILL"]["TEACHER"]["CONFIG"] = teacher
+    cfg = read_config(write_recipe(folder, plan.recipe, []))
+    yield from _parts_of(args, cfg, args.config_only or plan.teacher is not None)
+
+
+def _parts_of(args: argparse.Namespace, cfg: CfgNode, config_only: bool) -> Iterator[Part]:
+    if config_only:
+        return check_config(cfg, debug=args.debug)
+    return check_run(
+        cfg,
+        num_gpus=args.num_gpus,
+        images=not args.no_images,
+        teacher_ap=_teacher_ap(args),
+        debug=args.debug,
+    )
 
 
 def _teacher_ap(args: argparse.Namespace) -> Optional[TeacherAP]:
@@ -84,7 +116,12 @@ def _teacher_ap(args: argparse.Namespace) -> Optional[TeacherAP]:
 
 def _training(args: argparse.Namespace) -> str:
     """The command that trains what was checked."""
-    words = ["d2kd", "train", "--config-file", args.config_file]
+    words = ["d2kd", "train"]
+    for option in ("config_file", "student", "teacher"):
+        value = getattr(args, option)
+        words += [f"--{option.replace('_', '-')}", value] if value else []
+    words += [word for method in args.method for word in ("--method", method)]
+    words += ["--finetune-teacher"] * args.finetune_teacher
     for option in [f"{split}_{what}" for split in ("train", "val") for what in _OWN_DATA]:
         value = getattr(args, option)
         if value:

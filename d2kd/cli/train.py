@@ -22,11 +22,19 @@ from d2kd.engine.launch import start
 from d2kd.engine.preflight import refuse_unwritable
 from d2kd.engine.processes import place_by_torchrun
 from d2kd.errors import UserError
-from d2kd.pairing import Plan, make_plan
+from d2kd.pairing import Plan
 from d2kd.pairing.estimate import in_words, seconds_of_training
 from d2kd.pairing.finetune import is_finished, train_teacher
 
-from .arguments import add_data, add_overrides, add_processes, overrides_of
+from .arguments import (
+    add_data,
+    add_names,
+    add_overrides,
+    add_processes,
+    gives_names,
+    overrides_of,
+    plan_of,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,29 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as --resume, although settings or the teacher differ from those of the run",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    _add_names(parser)
+    add_names(parser)
     add_data(parser)
     add_processes(parser)
     add_overrides(parser)
-
-
-def _add_names(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("without a config file")
-    named = "a recipe, a file, or a name in Detectron2's model zoo"
-    group.add_argument("--student", default="", metavar="NAME", help=named)
-    group.add_argument("--teacher", default="", metavar="NAME", help=f"{named}; or a run's folder")
-    group.add_argument(
-        "--method",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="default: one that suits the two; several by several --method",
-    )
-    group.add_argument(
-        "--finetune-teacher",
-        action="store_true",
-        help="train the teacher on the student's data first, in OUTPUT_DIR/teacher",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,26 +59,20 @@ def run(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     args.opts = overrides_of(args)
-    if args.student or args.teacher or args.method or args.finetune_teacher:
+    if gives_names(args):
         _use_names(args)
 
 
 def _use_names(args: argparse.Namespace) -> None:
     """Makes of the names what a config file would say, the teacher's own run included."""
-    if args.config_file or args.eval_only:
-        other = "--config-file" if args.config_file else "--eval-only"
-        raise UserError(
-            f"{other} does not go with --student, --teacher, --method: give the names or the file"
-        )
+    if args.eval_only:
+        raise UserError("--eval-only does not go with --student, --teacher, --method")
     if args.finetune_teacher and place_by_torchrun(os.environ):
         raise UserError(
             "--finetune-teacher is a run of its own before this one, which torchrun cannot start: "
             "leave torchrun out and give --num-gpus"
         )
-    if not (args.student and args.teacher):
-        missing = "--teacher" if args.student else "--student"
-        raise UserError(f"{missing} is missing: give both detectors, or a --config-file")
-    plan = make_plan(args.student, args.teacher, args.method, args.opts, args.finetune_teacher)
+    plan = plan_of(args, args.opts)
     print(plan, flush=True)
     if not (args.resume or args.force_resume):
         refuse_occupied(plan.output)

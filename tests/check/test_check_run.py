@@ -140,3 +140,35 @@ def test_a_batch_that_cannot_be_shared(cfg):
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     [message] = errors(parts_of(cfg, images=False, num_gpus=4))
     assert "a positive multiple of --num-gpus, 4" in message
+
+
+TINY = "shapes/baselines/fcos_tiny"
+NAMES = ["--student", TINY, "--teacher", f"{TINY}_teacher"]
+
+
+def test_what_two_names_amount_to_is_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["check", *NAMES, "--method", "PKD", "--config-only", "SEED", "3"])
+    out = capsys.readouterr().out
+    assert "method   PKD: as asked" in out and "found 0 errors" in out
+    names = f"--student {TINY} --teacher {TINY}_teacher --method PKD"
+    assert out.endswith(f"next: d2kd train {names} SEED 3\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_teacher_that_learns_first_is_checked_as_well(tmp_path, monkeypatch, toy_dataset, capsys):
+    """Two classes of one's own: the teacher with the data, the student with a teacher of them."""
+    monkeypatch.chdir(tmp_path)
+    annotations, images = (
+        getattr(MetadataCatalog.get(toy_dataset[0]), key) for key in ("json_file", "image_root")
+    )
+    data = [f"--{split}-{x}" for split in ("train", "val") for x in ("json", "images")]
+    words = [word for pair in zip(data, 2 * [annotations, images]) for word in pair]
+    small = ["SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+    main(["check", *NAMES, "--finetune-teacher", *words, *small])
+    out = capsys.readouterr().out
+    first, second = out[out.index("step 1") :].split("step 2, the student")
+    assert "evaluation" in first and "s a step with 2 images" in first
+    assert "with a teacher of random weights" in second and "found 0 errors" in second
+    assert "--finetune-teacher --train-json" in second
+    assert not any(tmp_path.iterdir())
