@@ -25,7 +25,7 @@ class RegionSet:
         classes: per image, of each box; K = background.
         anchors: per image, which of a dense student's anchors predicted each box; or None.
         parent: the set that these regions are some of; None for a set of its own.
-        rows: (R,) bool, which of the parent's regions these are.
+        rows: (R,), the places of these among the parent's regions.
         valid: (R,) bool, others only fill up: no loss may depend on them. None = all are.
     """
 
@@ -73,7 +73,7 @@ class RegionSet:
         anchors = self.anchors and [a[k] for a, k in zip(self.anchors, kept)]
         boxes = [b[k] for b, k in zip(self.boxes, kept)]
         classes = [c[k] for c, k in zip(self.classes, kept)]
-        rows = torch.cat(list(kept))
+        rows = torch.cat(list(kept)).nonzero()[:, 0]  # found once, not per output
         valid = None if self.valid is None else self.valid[rows]
         return RegionSet(boxes, classes, anchors, self, rows, valid)
 
