@@ -23,7 +23,7 @@ import numpy as np
 from tabulate import tabulate
 
 from d2kd.evidence.cells import Cell, by_label, read_cells
-from d2kd.evidence.tables import spread, table
+from d2kd.evidence.tables import mean_and_deviation, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -95,9 +95,9 @@ def equal_time(detector: str) -> str:
         longest = max(plain[cells[0].seed][0])
         above = "> " if costs[method] > longest else ""  # the plain student has yet more time
         below = "< " if above else ""
-        difference = spread([a - b for a, b in zip(aps, at_equal_time)], "+")
-        row = [label, f"{costs[method]:.2f}", spread(aps)]
-        body.append([*row, f"{above}{spread(at_equal_time)}", f"{below}{difference}"])
+        difference = mean_and_deviation([a - b for a, b in zip(aps, at_equal_time)], "+")
+        row = [label, f"{costs[method]:.2f}", mean_and_deviation(aps)]
+        body.append([*row, f"{above}{mean_and_deviation(at_equal_time)}", f"{below}{difference}"])
     headers = ["", "time of a step", "AP", "AP of the plain student in that time", "difference"]
     return tabulate(body, headers, tablefmt="github", disable_numparse=True) + "\n"
 

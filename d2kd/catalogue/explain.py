@@ -12,8 +12,8 @@ from d2kd.errors import UserError, nearest
 from d2kd.schema import get_value
 
 from .configs import Config, bases, configs
-from .figures import published, row
 from .keys import all_keys, defaults_by_student, what_it_may_be
+from .known_numbers import published, row
 from .methods import explain_method, methods
 
 _WIDTH = 96

@@ -9,7 +9,7 @@ from d2kd.errors import UserError, nearest
 from d2kd.model_zoo import shipped_weights, trained_weights, zoo_teachers
 
 from .configs import Config, configs, recipes
-from .figures import published, row
+from .known_numbers import published, row
 from .methods import methods
 
 _WIDEST = 70  # characters in a cell

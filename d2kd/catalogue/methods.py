@@ -10,8 +10,8 @@ from d2kd.methods import DISTILLER_REGISTRY, Distiller
 from d2kd.schema import walk
 
 from .configs import Config, recipes
-from .figures import measured_costs, row
 from .keys import what_it_may_be
+from .known_numbers import measured_costs, row
 from .pairs import kinds, reads_of, teachers_of
 
 _INDENT = " " * 6

@@ -22,7 +22,7 @@ def ratio(costs: Costs, part: str, to: str) -> float:
     return statistics.median(x / sum(y) for x, y in zip(costs.seconds[part], others))
 
 
-def spread(costs: Costs, part: str, to: str) -> float:
+def quartile_spread(costs: Costs, part: str, to: str) -> float:
     """Half the distance of the quartiles of the same ratio."""
     others = zip(*(costs.seconds[name] for name in to))
     ratios = sorted(x / sum(y) for x, y in zip(costs.seconds[part], others))
@@ -52,13 +52,15 @@ def costs_text(costs: Costs, most_operations: int = 0) -> str:
         f"{' '.join([costs.case.recipe, *costs.case.opts])}",
         f"{costs.device}, torch {costs.torch}, {load.batch} x {load.size}²{amp}",
         _table(rows, ["", "seconds", "peak MiB"]),
-        f"c/a     {ratio(costs, 'c', 'a'):.3f} ± {spread(costs, 'c', 'a'):.3f}",
+        f"c/a     {ratio(costs, 'c', 'a'):.3f} ± {quartile_spread(costs, 'c', 'a'):.3f}",
     ]
     for name in costs.seconds:
         if name.startswith("c"):
-            value = f"{ratio(costs, name, 'ab'):.3f} ± {spread(costs, name, 'ab'):.3f}"
+            value = f"{ratio(costs, name, 'ab'):.3f} ± {quartile_spread(costs, name, 'ab'):.3f}"
             lines.append(f"c/(a+b) {value}{name[1:]}")
-    lines.append(f"teacher {ratio(costs, 't', 'b'):.3f} ± {spread(costs, 't', 'b'):.3f} of b")
+    lines.append(
+        f"teacher {ratio(costs, 't', 'b'):.3f} ± {quartile_spread(costs, 't', 'b'):.3f} of b"
+    )
     lines.append(f"memory c/a {costs.memory['c'] / costs.memory['a']:.3f}")
     if costs.device[:3] != "CPU":
         lines.append(f"host syncs {costs.syncs['c']} in c, {costs.syncs['a']} in a")
@@ -74,7 +76,7 @@ def costs_markdown(all_costs: Sequence[Costs]) -> str:
     rows = []
     for costs in all_costs:
         values = [(("c", "a"), costs), (("c", "ab"), costs), (("t", "b"), costs)]
-        ratios = [f"{ratio(x, *of):.2f} ± {spread(x, *of):.2f}" for of, x in values]
+        ratios = [f"{ratio(x, *of):.2f} ± {quartile_spread(x, *of):.2f}" for of, x in values]
         memory = f"{costs.memory['c'] / costs.memory['a']:.2f}"
         syncs = "" if costs.device[:3] == "CPU" else f"{costs.syncs['c']}, {costs.syncs['a']}"
         label = f", {costs.case.label}" if costs.case.label else ""

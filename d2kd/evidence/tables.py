@@ -68,7 +68,7 @@ def table(rows: Dict[str, List[Cell]], baseline: str, costs: bool = True) -> str
     """
     body = []
     for label, cells in rows.items():
-        columns = [spread([cell.results[m] for cell in cells]) for m in METRICS]
+        columns = [mean_and_deviation([cell.results[m] for cell in cells]) for m in METRICS]
         columns.append(gain(cells, rows[baseline]) if label != baseline else "")
         if costs:
             columns.append(f"{cells[0].parameters:.2f}")
@@ -88,7 +88,7 @@ def gain(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
     values = gains(cells, baseline)
     if not values:
         return ""
-    text = spread(values, "+")
+    text = mean_and_deviation(values, "+")
     if len(values) < MIN_PAIRS:
         return text
     p = stats.ttest_1samp(values, 0).pvalue
@@ -101,7 +101,7 @@ def gains(cells: Sequence[Cell], baseline: Sequence[Cell]) -> List[float]:
     return [c.results["AP"] - plain[c.seed] for c in cells if c.seconds and c.seed in plain]
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     """Mean, and the sample's standard deviation where there are several values."""
     mean = f"{np.mean(values):{sign}.1f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"

@@ -6,8 +6,8 @@ import pytest
 
 from d2kd.catalogue import explain, listing
 from d2kd.catalogue.configs import configs, recipes
-from d2kd.catalogue.figures import measured_costs
 from d2kd.catalogue.keys import all_keys, what_it_may_be
+from d2kd.catalogue.known_numbers import measured_costs
 from d2kd.cli.main import main
 from d2kd.config import read_config
 from d2kd.errors import UserError
