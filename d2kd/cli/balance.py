@@ -3,10 +3,11 @@
 Each term's gradient at the FPN is compared with that of the detection losses, over the second half
 of the steps. The proposed weights give all terms of the recipe together the share that is asked
 for: where to begin a search on your own validation set. docs/results.md has what they gained
-beside the weights that the methods' authors published, on one detector.
+beside the weights that the methods' authors published. With few steps the proposals are too large:
+the detection losses' gradient is, at the beginning.
 
 examples:
-  d2kd balance shapes/frs/fcos_tiny.yaml --steps 20 MODEL.DEVICE cpu
+  d2kd balance shapes/frs/fcos_tiny.yaml MODEL.DEVICE cpu
 """
 
 import argparse
