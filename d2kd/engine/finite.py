@@ -63,7 +63,9 @@ class FiniteLosses:
         if not losses:
             return
         if torch.stack([loss.float().sum() for loss in losses]).isfinite().all():
+            unfinished = [done for done in self._passes if not done.losses]
             self._passes.clear()
+            self._passes.extend(unfinished)  # one may have ended in an error
             return
         wrong = ", ".join(
             f"{name} is {loss.item()}{_levels(name, done.terms)}"

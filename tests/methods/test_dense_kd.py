@@ -115,7 +115,7 @@ def test_any_box_loss_for_distributions(tmp_path, loss):
 
 
 def test_there_is_a_recipe_for_every_dense_detector():
-    assert len(RECIPES) == 10
+    assert len([name for name in RECIPES if name.endswith("_tiny.yaml")]) == 10
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
