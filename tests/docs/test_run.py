@@ -47,10 +47,12 @@ def test_commands_work_in_order(page, tmp_path):
 
 def test_a_method_from_elsewhere_is_trained_with(tmp_path):
     code = [b.text for b in blocks("docs/adding-a-method.md") if b.language == "python"]
-    for name, content in zip(("my_method.py", "script.py"), (code[0], code[-1])):
+    for name, content in zip(("my_method.py", "my_d2kd.py"), (code[0], code[-1])):
         (tmp_path / name).write_text(content)
     prepare_shapes(TOY, str(tmp_path / "toy"))
     data = ["--train-json", "toy/annotations/instances_train.json", "--train-images", "toy/train"]
     config = ["--config-file", "shapes/frs/fcos_tiny.yaml", "DISTILL.METHODS", "['MyMethod']"]
-    run(tmp_path, "script.py", *config, *data, "DATASETS.TEST", "()", *SHORT)
+    words = [*config, *data, "DATASETS.TEST", "()", *SHORT]
+    run(tmp_path, "my_d2kd.py", "train", *words)
+    run(tmp_path, "my_d2kd.py", "check", "--config-only", *words)
     assert "loss_mymethod_feature" in (tmp_path / "output/shapes/frs/fcos_tiny/log.txt").read_text()
