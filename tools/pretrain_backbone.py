@@ -27,8 +27,7 @@ from d2kd.config import read_config
 from d2kd.data.shapes import SHAPES, draw_image
 from d2kd.errors import UserError
 
-# One shape of the larger data set that fills its image, nothing before or behind it. (In clutter a
-# ResNet-18 names 28 % after 500 steps.)
+# One shape of the larger data set that fills its image, nothing before or behind it
 SINGLE = dataclasses.replace(
     SHAPES, sizes=((48, 48),), radius=(12, 23), objects=(1, 1), clutter=(0, 0), occluders=(0, 0)
 )

@@ -133,7 +133,8 @@ def reading(path: str, key: str) -> Iterator[None]:
         if is_address(path):
             raise UserError(f"{key} is '{path}': {reason}; {offline_advice(path, key)}") from e
         if not os.path.exists(path):
-            reason = "no such file"
+            here = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+            reason = f"no such file{here}: correct the path, or make the file first"
         raise UserError(f"{key} is '{path}': {reason}") from e
     except Exception as e:  # what Detectron2 cannot use
         # Of torch's own error, the text advises to switch its safe reading off.

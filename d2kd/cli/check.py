@@ -26,6 +26,7 @@ from d2kd.check import Part, TeacherAP, check_config, check_run
 from d2kd.config import read_config
 from d2kd.data.findings import ERROR, WARNING, count, summary
 from d2kd.errors import UserError
+from d2kd.pairing.finetune import is_finished
 from d2kd.pairing.recipe import write_recipe
 
 from .arguments import add_data, add_names, add_overrides, gives_names, overrides_of, plan_of
@@ -47,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher-ap", type=float, metavar="AP", help="also evaluate the teacher; its expected AP"
     )
     group.add_argument(
-        "--images", type=int, default=0, metavar="N", help="for it, N images; default: all"
+        "--images", type=int, default=0, metavar="N", help="to evaluate it on; default: all"
     )
     group.add_argument(
-        "--tolerance", type=float, default=1.0, metavar="AP", help="for it, points; default: 1"
+        "--tolerance", type=float, default=1.0, metavar="AP", help="points off; default: 1"
     )
     add_overrides(parser)
 
@@ -81,19 +82,22 @@ def _parts(args: argparse.Namespace, folder: str) -> Iterator[Part]:
         folder: for what the names amount to.
     """
     opts = overrides_of(args)
-    if args.config_file and not gives_names(args):
+    if not gives_names(args):
         yield from _parts_of(args, read_config(args.config_file, opts), args.config_only)
         return
     plan = plan_of(args, opts)
     print(plan, flush=True)
-    if plan.teacher:
+    if not plan.teacher or is_finished(plan.teacher_folder):
+        cfg = read_config(write_recipe(folder, plan.recipe, []))
+        yield from _parts_of(args, cfg, args.config_only)
+    else:
         print("\nstep 1, the teacher", flush=True)
         teacher = write_recipe(os.path.join(folder, "teacher"), plan.teacher, [])
         yield from _parts_of(args, read_config(teacher), args.config_only)
         print("\nstep 2, the student, with a teacher of random weights", flush=True)
         plan.recipe["DISTILL"]["TEACHER"]["CONFIG"] = teacher
-    cfg = read_config(write_recipe(folder, plan.recipe, []))
-    yield from _parts_of(args, cfg, args.config_only or plan.teacher is not None)
+        cfg = read_config(write_recipe(folder, plan.recipe, []))
+        yield from _parts_of(args, cfg, config_only=True)
 
 
 def _parts_of(args: argparse.Namespace, cfg: CfgNode, config_only: bool) -> Iterator[Part]:

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="recipes, files, ablations")
     parser.add_argument("--seeds", nargs="+", default=["1"], metavar="SEED", help="default: 1")
     parser.add_argument(
-        "--output", default="output/compare", help="of runs and table (output/compare)"
+        "--output",
+        default="output/compare",
+        help="folder of the runs and the table; default: output/compare",
     )
     parser.add_argument(
         "--jobs",

@@ -14,6 +14,7 @@ from d2kd.distillation import TeacherStudent, build_model, fill_from_run
 from d2kd.distillation.maps import Maps, kept_maps
 from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
+from d2kd.methods import DISTILLER_REGISTRY, Distiller
 
 NUM_IMAGES = 2
 # Batches over which attention is averaged
@@ -69,9 +70,10 @@ def look(cfg: CfgNode) -> Looked:
             batches = [inputs, *(next(loader) for _ in range(NUM_BATCHES - 1))]
             attention = level_attention(model, batches)
     if not maps and attention is None:
+        with_maps = [name for name, method in DISTILLER_REGISTRY if method.maps != Distiller.maps]
         raise UserError(
-            f"DISTILL.METHODS is {list(cfg.DISTILL.METHODS)}: they weigh no place more "
-            "than another (FRS, DeFeat and HGD do, and GDetKD with MATCH soft)"
+            f"DISTILL.METHODS is {list(cfg.DISTILL.METHODS)}: they weigh no place more than "
+            f"another ({', '.join(with_maps)} do, and GDetKD with MATCH soft)"
         )
     strides = {x.name: x.stride for x in (*model.family.levels, *model.family.stages)}
     return Looked(inputs, maps, strides, attention)

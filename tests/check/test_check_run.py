@@ -11,6 +11,7 @@ from d2kd.check import TeacherAP, check_config, check_run
 from d2kd.cli.main import main
 from d2kd.data.findings import ERROR
 from d2kd.distillation import build_detector
+from d2kd.pairing import make_plan
 
 
 @pytest.fixture
@@ -172,3 +173,14 @@ def test_a_teacher_that_learns_first_is_checked_as_well(tmp_path, monkeypatch, t
     assert "with a teacher of random weights" in second and "found 0 errors" in second
     assert "--finetune-teacher --train-json" in second
     assert not any(tmp_path.iterdir())
+
+
+def test_a_teacher_that_has_learnt_is_checked_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*NAMES, "--finetune-teacher", "OUTPUT_DIR", "mine"]
+    plan = make_plan(TINY, f"{TINY}_teacher", [], ["OUTPUT_DIR", "mine"], finetune=True)
+    plan.write_teacher()
+    (tmp_path / "mine/teacher/model_final.pth").touch()
+    main(["check", "--config-only", *words])
+    out = capsys.readouterr().out
+    assert "step 1" not in out and "found 0 errors" in out

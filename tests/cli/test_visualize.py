@@ -104,7 +104,7 @@ def test_maps_and_attention_in_one_picture(monkeypatch, tmp_path, toy_dataset, c
         (["DISTILL.GDETKD.EMBED_DIMS", "[8, 8]"], "does not hold the adapters of this recipe"),
         (
             ["DISTILL.GDETKD.MATCH", "assigned"],
-            "(FRS, DeFeat and HGD do, and GDetKD with MATCH soft)",
+            "(DeFeat, FRS, HGD do, and GDetKD with MATCH soft)",
         ),
     ],
 )
