@@ -20,7 +20,7 @@ from d2kd.errors import UserError, reason
 from d2kd.layers.memory import keep_freed_memory
 from d2kd.views import Recorder, Regions, RegionSet, StudentView, TeacherView
 
-from .profile import Step, additional, host_syncs, peak_memory, timed
+from .profile import Step, additional, gflops, host_syncs, peak_memory, timed
 
 PARTS = {
     "a": "plain student step",
@@ -106,6 +106,7 @@ class Costs(NamedTuple):
     seconds: Dict[str, List[float]]  # of every round
     memory: Dict[str, float]  # MiB at the peak, of the parts that train
     syncs: Dict[str, int]  # how often the host waits for a GPU, of the parts that train
+    gflops: Dict[str, float]  # of a, b and c, see :func:`d2kd.evidence.profile.gflops`
     operations: Dict[str, float]  # milliseconds of c beyond a and b; empty if not asked for
     methods: Tuple[str, ...] = ()  # that were at work
 
@@ -138,11 +139,13 @@ def measure(
                 seconds[name].append(timed(steps[name]))
         memory = {name: peak_memory(steps[name], device) for name in training}
         syncs = {name: host_syncs(steps[name], device) for name in training}
+        work = {name: gflops(steps[name]) for name in "abc"}
         extra = additional(steps, device, load.rounds) if operations else {}
     threads = f"CPU, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if device.startswith("cuda") else threads
     methods = tuple(distilled_methods(cfg))
-    return Costs(case, load, where, torch.__version__, seconds, memory, syncs, extra, methods)
+    version = torch.__version__
+    return Costs(case, load, where, version, seconds, memory, syncs, work, extra, methods)
 
 
 def _steps(case: Case, load: Load, beside: Sequence[Sequence[str]]) -> Dict[str, Step]:

@@ -13,7 +13,8 @@ from d2kd.errors import UserError, reason
 
 from .benchmark import PARTS, Case, Costs, Load
 
-HEADERS = ("recipe", "c/a", "c/(a+b)", "rebuilt/b", "memory c/a", "host syncs of c, of a")
+HEADERS = ["recipe", "c/a", "c/(a+b)", "c/(a+b) in FLOPs", "rebuilt/b", "memory c/a"]
+HEADERS += ["host syncs of c, of a"]
 
 
 def ratio(costs: Costs, part: str, to: str) -> float:
@@ -30,6 +31,11 @@ def quartile_spread(costs: Costs, part: str, to: str) -> float:
         return (ratios[-1] - ratios[0]) / 2
     quartiles = statistics.quantiles(ratios, n=4)
     return (quartiles[2] - quartiles[0]) / 2
+
+
+def flops_ratio(costs: Costs) -> float:
+    """c/(a+b) in FLOPs instead of in seconds."""
+    return costs.gflops["c"] / (costs.gflops["a"] + costs.gflops["b"])
 
 
 def costs_text(costs: Costs, most_operations: int = 0) -> str:
@@ -58,6 +64,7 @@ def costs_text(costs: Costs, most_operations: int = 0) -> str:
         if name.startswith("c"):
             value = f"{ratio(costs, name, 'ab'):.3f} ± {quartile_spread(costs, name, 'ab'):.3f}"
             lines.append(f"c/(a+b) {value}{name[1:]}")
+    lines.append(f"        {flops_ratio(costs):.3f} in FLOPs")
     lines.append(
         f"teacher {ratio(costs, 't', 'b'):.3f} ± {quartile_spread(costs, 't', 'b'):.3f} of b"
     )
@@ -77,6 +84,7 @@ def costs_markdown(all_costs: Sequence[Costs]) -> str:
     for costs in all_costs:
         values = [(("c", "a"), costs), (("c", "ab"), costs), (("t", "b"), costs)]
         ratios = [f"{ratio(x, *of):.2f} ± {quartile_spread(x, *of):.2f}" for of, x in values]
+        ratios.insert(2, f"{flops_ratio(costs):.2f}")
         memory = f"{costs.memory['c'] / costs.memory['a']:.2f}"
         syncs = "" if costs.device[:3] == "CPU" else f"{costs.syncs['c']}, {costs.syncs['a']}"
         label = f", {costs.case.label}" if costs.case.label else ""

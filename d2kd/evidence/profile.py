@@ -10,6 +10,7 @@ import warnings
 from typing import Callable, Dict, List
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], None]
 
@@ -42,6 +43,14 @@ def peak_memory(step: Step, device: str) -> float:
     # One event per allocation (bytes > 0) and release (< 0); of tensors made in the step alone
     sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
     return max(itertools.accumulate(sizes), default=0) / 2**20
+
+
+def gflops(step: Step) -> float:
+    """10^9 multiplications with their additions, of convolutions and matrix products, forward and
+    backward. The same on every machine."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 2e9  # torch counts the addition by itself
 
 
 def host_syncs(step: Step, device: str) -> int:

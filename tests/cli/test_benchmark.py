@@ -10,7 +10,7 @@ from d2kd.errors import UserError
 from d2kd.evidence import benchmark
 from d2kd.evidence.benchmark import AS_STOCK, STANDARD, Case, Costs, Load
 from d2kd.evidence.costs import growth_text, read_costs
-from d2kd.evidence.profile import peak_memory
+from d2kd.evidence.profile import gflops, peak_memory
 from d2kd.views.families import BoxHead
 
 KIB = torch.zeros(256)  # float32
@@ -31,9 +31,23 @@ def test_peak_memory_is_exact():
     assert peak_memory(lambda: None, "cpu") == 0
 
 
+def test_flops_are_those_of_convolutions_forward_and_backward():
+    frozen = torch.nn.Conv2d(3, 5, 1).requires_grad_(False)
+    x = torch.rand(1, 3, 10, 10, requires_grad=True)
+    once = 3 * 5 * 100 / 1e9
+    assert gflops(lambda: frozen(x)) == pytest.approx(once)
+    assert gflops(lambda: frozen(x).sum().backward()) == pytest.approx(2 * once)
+    trained = torch.nn.Conv2d(3, 5, 1)
+    assert gflops(lambda: trained(x).sum().backward()) == pytest.approx(3 * once)
+
+
 SMALL = ["--size", "64", "--rounds", "2"]
 CPU = ["MODEL.DEVICE", "cpu"]
 RECIPE = "shapes/crosskd/fcos_tiny.yaml"
+# What CrossKD adds there, on the 86 locations of five levels of two images: per branch a 3x3
+# convolution of 64 channels and one to 6 classes or 4 sides, forward and towards the features, and
+# the centerness that comes with the sides, forward
+TAIL = (2 * (2 * 64 + 6 + 4) + 1) * 64 * 9 * 86 * 2 / 1e9
 
 
 def test_table_of_a_recipe(capsys):
@@ -85,6 +99,9 @@ def test_several_recipes_as_data_and_as_markdown(tmp_path, capsys):
     assert [c.case.recipe for c in both] == [RECIPE, "shapes/frs/fcos_tiny.yaml"]
     assert all(len(x) == 2 for c in both for x in c.seconds.values())
     assert set(both[0].seconds) == set("abtc") and set(both[0].memory) == set("ac")
+    assert all(set(c.gflops) == set("abc") for c in both)
+    tail = both[0].gflops["c"] - both[0].gflops["a"] - both[0].gflops["b"]
+    assert tail == pytest.approx(TAIL), "what CrossKD adds are the convolutions of the tail"
     rows = table.read_text().splitlines()[2:]
     assert [RECIPE in rows[0], "shapes/frs/fcos_tiny.yaml" in rows[1], len(rows)] == [1, 1, 2]
 
@@ -110,6 +127,7 @@ def test_slope_of_growth():
             {"c": 1.0},
             {},
             {},
+            {},
         )
         for n in sizes
     ]
@@ -117,7 +135,8 @@ def test_slope_of_growth():
 
 
 def test_values_without_a_slope_are_shown_without():
-    costs = [Costs(Case("x"), Load(), "CPU", "2", dict.fromkeys("abc", [1.0]), {"c": 1.0}, {}, {})]
+    seconds = dict.fromkeys("abc", [1.0])
+    costs = [Costs(Case("x"), Load(), "CPU", "2", seconds, {"c": 1.0}, {}, {}, {})]
     for values in (["0", "8"], ["student", "teacher"]):
         assert "slopes" not in growth_text("KEY", values, costs * 2)
 
