@@ -3,10 +3,10 @@
 Weights and images are random. Prints c/a and c/(a+b), where a is the plain student's step, b the
 forward of the teacher as its file has it, as far as the methods need it, c the distillation step,
 whose teacher is rebuilt for speed; medians over rounds in which they alternate, and half the
-distance of the quartiles. c/(a+b) in FLOPs, of convolutions and matrix products, says how much of it
-the method's own networks come to. The memory is that of tensors that a and c add, at their peak, to
-the model and the state of the optimizer; on a GPU, it is counted how often the host waits for it. On
-Linux the process keeps the memory that it frees, as a GPU's allocator does.
+distance of the quartiles. c/(a+b) in FLOPs, of convolutions and matrix products, says how much of
+it the method's own networks come to. The memory is that of tensors that a and c add, at their peak,
+to the model and the state of the optimizer. On a GPU, it is counted how often the host waits for
+it. On Linux the process keeps the memory that it frees, as a GPU's allocator does.
 
 examples:
   d2kd benchmark shapes/crosskd/fcos_tiny.yaml --size 128 --ops 5 MODEL.DEVICE cpu
