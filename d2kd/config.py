@@ -28,7 +28,14 @@ from d2kd.modeling.backbone import use_p7_without_relu
 from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS
 from d2kd.safe_yaml import read_value, read_yaml
-from d2kd.schema import Key, check_node, check_values, config_node, refuse_nodes
+from d2kd.schema import (
+    Key,
+    check_node,
+    check_values,
+    config_node,
+    typed_opts,
+    whole_numbers_as_floats,
+)
 
 DISTILL_KEYS = {
     "METHODS": Key([], "The methods to train with, by name; none = the plain student", item=str),
@@ -216,7 +223,9 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
         for name, method in _methods().items():
             method.use_defaults_of(cfg.DISTILL[name.upper()], cfg.MODEL.META_ARCHITECTURE)
         with _in_one_line(cfg, f"{path} and {opts_key}" if opts else path):
-            cfg.merge_from_other_cfg(CfgNode(values_of(program)))
+            values = CfgNode(values_of(program))
+            whole_numbers_as_floats(cfg, values)
+            cfg.merge_from_other_cfg(values)
         check_config(cfg)
         resolve_datasets(cfg)
         if num_classes_described(cfg):
@@ -293,8 +302,7 @@ def _merge(cfg: CfgNode, path: str, opts: Sequence, opts_key: str) -> None:
     with _in_one_line(cfg, path):
         _merge_file(cfg, path)
     with _in_one_line(cfg, opts_key):
-        refuse_nodes(cfg, opts)
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(typed_opts(cfg, opts))
 
 
 @contextlib.contextmanager
@@ -313,15 +321,14 @@ def _in_one_line(cfg: CfgNode, source: str) -> Iterator[None]:
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
-    """As ``cfg.merge_from_file`` does, but nothing in the file is run."""
+    """As ``cfg.merge_from_file`` does, but nothing in the file is run, and 0 is 0.0."""
     loaded = CfgNode(read_yaml(path))
     version = loaded.get("VERSION") or guess_version(loaded, path)
-    if version == cfg.VERSION:
-        cfg.merge_from_other_cfg(loaded)
-        return
-    old = downgrade_config(cfg, to_version=version)
-    old.merge_from_other_cfg(loaded)
-    cfg.update(upgrade_config(old))
+    merged = cfg if version == cfg.VERSION else downgrade_config(cfg, to_version=version)
+    whole_numbers_as_floats(merged, loaded)
+    merged.merge_from_other_cfg(loaded)
+    if merged is not cfg:
+        cfg.update(upgrade_config(merged))
 
 
 def _wrong_key(cfg: CfgNode, message: str) -> str:

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 
 from d2kd.errors import UserError, nearest
 
+_WHOLE = re.compile("[+-]?[0-9]+")
 # A zero byte, and what Python makes of bytes that are no UTF-8
 _NOT_UTF8 = re.compile("[\0\ud800-\udfff]")
 
@@ -149,22 +150,44 @@ def check_node(node: CfgNode, keys: Keys, prefix: str) -> None:
         raise UserError("; ".join(wrong))
 
 
-def refuse_nodes(cfg: CfgNode, opts: Sequence) -> None:
+def typed_opts(cfg: CfgNode, opts: Sequence) -> List:
     """
     Args:
         cfg: that they are for.
         opts: KEY VALUE ...
 
+    Returns:
+        the same with whole numbers as floats where the config has floats.
+
     Raises:
         UserError: for the key of a node, all of whose values would be lost.
     """
-    for key in opts[::2]:
+    typed = list(opts)
+    for i, key in enumerate(opts[::2]):
         try:
-            node = get_value(cfg, key)
+            known = get_value(cfg, key)
         except (KeyError, TypeError):  # no key at all, which yacs says
             continue
-        if isinstance(node, CfgNode):
-            raise UserError(f"{key} holds keys, not a value: give one of them, {key}.{min(node)}")
+        if isinstance(known, CfgNode):
+            raise UserError(f"{key} holds keys, not a value: give one of them, {key}.{min(known)}")
+        if isinstance(known, float) and _WHOLE.fullmatch(str(opts[2 * i + 1])):
+            typed[2 * i + 1] = float(opts[2 * i + 1])
+    return typed
+
+
+def whole_numbers_as_floats(cfg: CfgNode, values: CfgNode) -> None:
+    """Makes 0 and 1 of a file 0.0 and 1.0 where the config has such a number, since a config takes
+    no value of another type.
+
+    Args:
+        cfg: that the values are for.
+        values: of a file; changed in place.
+    """
+    for name, value in values.items():
+        if isinstance(value, CfgNode) and isinstance(cfg.get(name), CfgNode):
+            whole_numbers_as_floats(cfg[name], value)
+        elif isinstance(cfg.get(name), float) and type(value) is int:
+            values[name] = float(value)
 
 
 def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Names of config keys: those of older versions are answered with today's."""
+"""Reading configs: renamed keys are answered with today's names, and 0 is a number like 0.0."""
 
 import pytest
 from detectron2.config import get_cfg
@@ -41,3 +41,19 @@ def test_every_rename_leads_to_a_key():
     for new in RENAMED.values():
         node, key = new.split(" ")[0].split(".")
         assert key in cfg.DISTILL[node]
+
+
+def test_whole_numbers_are_numbers(tmp_path):
+    path = tmp_path / "run.yaml"
+    solver, distill = "SOLVER: {BASE_LR: 1}", "DISTILL: {FRS: {CLS: {WEIGHT: 0}}}"
+    path.write_text(f"_BASE_: {STUDENTS['FCOS']}\n{solver}\n{distill}\n")
+    cfg = read_config(str(path), ["DISTILL.FRS.FEATURE.WEIGHT", "2", "SOLVER.EMA_DECAY", 0])
+    found = cfg.SOLVER.BASE_LR, cfg.DISTILL.FRS.CLS.WEIGHT, cfg.DISTILL.FRS.FEATURE.WEIGHT
+    assert found == (1, 0, 2) and cfg.SOLVER.EMA_DECAY == 0
+    assert all(type(x) is float for x in (*found, cfg.SOLVER.EMA_DECAY))
+
+
+@pytest.mark.parametrize("value", ["True", "one", "[1]"])
+def test_other_values_are_no_numbers(value):
+    with pytest.raises(UserError, match="Type mismatch"):
+        read_config(STUDENTS["FCOS"], ["DISTILL.FRS.CLS.WEIGHT", value])

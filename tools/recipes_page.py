@@ -17,7 +17,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS, DATA, PAGE = ROOT / "configs", ROOT / "docs/recipes.yaml", ROOT / "docs/recipes.md"
-RESULTS = ROOT / "docs/results.md"
 ABLATION = "_ablation"
 
 INTRODUCTION = """\
@@ -31,7 +30,7 @@ are other people's: box AP on COCO val2017, AP50 on VOC 2007.{nothing}
 
 - **Teacher**: its config, and its published AP; in brackets what the source of the row says, where
   that differs. Weights are *MMDetection's* or those of *Detectron2's* model zoo, downloaded at the
-  start, or the teacher is *trained* first. Where MMDetection publishes it, a second recipe trains
+  start, or the teacher is *trained* first. Where "teacher trained first" stands, that recipe trains
   it here.
 - **Baseline**: the plain student to train beside it, its AP likewise. Compare with your own run of
   it, not with this number: [differences from MMDetection](differences.md) remain.
@@ -60,7 +59,7 @@ can stand at the end of any command:
 
 <!-- needs: COCO, GPU -->
 ```sh
-python train_net.py --num-gpus 2 --config-file {example} \\
+d2kd train --num-gpus 2 --config-file {example} \\
     SOLVER.REFERENCE_WORLD_SIZE 8
 ```
 
@@ -233,7 +232,7 @@ def method_section(data: Dict, folder: str) -> str:
 
 
 def train(config: str, comment: str, *options: str) -> List[str]:
-    words = ["python train_net.py --num-gpus 8", *options, f"--config-file configs/{config}"]
+    words = ["d2kd train --num-gpus 8", *options, f"--config-file {config}"]
     return [f"# {comment}", " ".join(words)]
 
 
@@ -259,15 +258,12 @@ def commands(data: Dict, folder: str) -> str:
 
 
 def embedded() -> str:
-    measured = RESULTS.read_text()
     rows = []
     for name in recipes():
         if name.startswith("shapes/"):
-            there = any(f"{name}{end}.yaml" in measured for end in ("", ABLATION))
             cells = [f"{name}.yaml", teacher_of(name), baseline_of(name)]
-            links = [link(x, x[len("shapes/") : -len(".yaml")]) for x in cells]
-            rows.append([*links, "measured" if there else ""])
-    return EMBEDDED + "\n" + markdown(("recipe", "teacher", "baseline", "status"), rows)
+            rows.append([link(x, x[len("shapes/") : -len(".yaml")]) for x in cells])
+    return EMBEDDED + "\n" + markdown(("recipe", "teacher", "baseline"), rows)
 
 
 def page(data: Dict) -> str:
@@ -277,7 +273,7 @@ def page(data: Dict) -> str:
     run, measured = (
         any(keys & set(e) for e in entries) for keys in ({"status"}, {"memory", "hours"})
     )
-    example = f"configs/{data['methods']['frs']['commands']}.yaml"
+    example = f"{data['methods']['frs']['commands']}.yaml"
     sections = [
         INTRODUCTION.format(
             nothing="" if run else NOTHING_RUN, unmeasured="" if measured else NOTHING_MEASURED

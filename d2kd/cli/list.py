@@ -1,6 +1,6 @@
 """Lists methods, recipes or teachers.
 
-Words behind it keep the lines that have all of them. Teachers are configs whose weights are
+More words keep only the lines with all of them. Teachers are configs whose weights are
 published, come with d2kd, are in output/ already, or are to be trained first.
 
 examples:

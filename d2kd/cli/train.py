@@ -1,7 +1,7 @@
 """Trains a student, with or without a teacher, or a plain detector; or evaluates one.
 
-With --student and --teacher no YAML is needed: the method and its weights follow from the two, and
-are told with the reason; what they amount to is written as recipe.yaml into the run's folder.
+With --student and --teacher no YAML is needed: the method and its weights follow from the two and
+are printed with the reason; the config that results is recipe.yaml in the run's folder.
 
 examples:
   d2kd train --config-file shapes/frs/fcos_tiny.yaml

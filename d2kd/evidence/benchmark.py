@@ -16,7 +16,7 @@ from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.distillation.build import build_teacher_detector, distilled_methods
 from d2kd.distillation.teacher import TeacherPass
-from d2kd.errors import UserError, reason
+from d2kd.errors import UserError
 from d2kd.layers.memory import keep_freed_memory
 from d2kd.views import Recorder, Regions, RegionSet, StudentView, TeacherView
 
@@ -60,11 +60,7 @@ class Case(NamedTuple):
         Raises:
             UserError: if a change is none.
         """
-        cfg = read_config(self.recipe, self.opts)
-        try:
-            cfg.merge_from_list(list(changes))
-        except (KeyError, AssertionError, ValueError) as error:
-            raise UserError(f"{' '.join(map(str, changes))}: {reason(error)}") from error
+        cfg = read_config(self.recipe, [*self.opts, *changes])
         cfg.MODEL.WEIGHTS = ""
         return cfg
 
