@@ -14,6 +14,7 @@ from d2kd.checkpoint import refuse_occupied
 from d2kd.data.check import check_dataset_names, check_evaluation
 from d2kd.data.findings import ERROR, WARNING, Finding, count
 from d2kd.data.images import check_images
+from d2kd.data.loader import images_per_process
 from d2kd.data.sets import look_into
 from d2kd.distillation.build import distilled_methods
 from d2kd.engine.preflight import refuse_settings
@@ -26,8 +27,11 @@ from .evaluations import ap_of_annotations, ap_of_teacher
 from .noise import build_for_training, save_random_teacher, try_on_noise
 from .trial import try_steps
 
+logger = logging.getLogger(__name__)
+
 # Less than this, of a perfect 100, is a fault of the annotations
 _PERFECT = 95.0
+_COCO_DETECTIONS = 100  # of an image, that COCO's AP counts
 # The logger that reports on teacher and student
 _PAIR_REPORT = "d2kd.distillation.build"
 
@@ -148,12 +152,7 @@ class _Log(logging.Handler):
 
 def _settings(cfg: CfgNode, num_gpus: int) -> List[str]:
     refuse_settings(cfg)
-    scale_to_processes(cfg, num_gpus)
-    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % num_gpus:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a positive multiple of "
-            f"--num-gpus, {num_gpus}"
-        )
+    images_per_process(scale_to_processes(cfg, num_gpus).SOLVER.IMS_PER_BATCH, num_gpus)
     methods = ", ".join(distilled_methods(cfg)) or "none: a plain detector"
     return [f"student: {cfg.MODEL.META_ARCHITECTURE}; methods: {methods}"]
 
@@ -208,6 +207,11 @@ def _evaluation(cfg: CfgNode) -> List[str]:
         ap = ap_of_annotations(cfg, name)
         if ap is None:
             lines.append(f"{name}: nothing to evaluate against")
+        elif not ap >= _PERFECT and _most_objects(name) > _COCO_DETECTIONS:
+            logger.warning(
+                f"{name}: an image has {_most_objects(name)} objects, and COCO's AP counts "
+                f"{_COCO_DETECTIONS} detections of an image: no detector can exceed {ap:.1f}"
+            )
         elif not ap >= _PERFECT:
             raise UserError(
                 f"{name}: taken as detections, its own annotations reach an AP of {ap:.1f}, not "
@@ -216,6 +220,11 @@ def _evaluation(cfg: CfgNode) -> List[str]:
         else:
             lines.append(f"{name}: its annotations, taken as detections, reach an AP of {ap:.1f}")
     return lines
+
+
+def _most_objects(name: str) -> int:
+    """Of one image of a data set."""
+    return max(len(d.get("annotations", ())) for d in DatasetCatalog.get(name))
 
 
 def _steps(cfg: CfgNode) -> List[str]:

@@ -9,6 +9,7 @@ from .resuming import (
     SavedRun,
     checkpoint_names,
     newest_checkpoint,
+    pointed_checkpoint,
     refuse_occupied,
 )
 from .saving import DISK_ERRORS, cannot_write, refuse_existing, written_whole
@@ -41,6 +42,7 @@ __all__ = [
     "load_teacher_weights",
     "load_trained_weights",
     "newest_checkpoint",
+    "pointed_checkpoint",
     "read_best",
     "read_weights",
     "refuse_existing",

@@ -103,7 +103,7 @@ def newest_checkpoint(output_dir: str) -> Optional[SavedRun]:
 def _candidates(folder: str) -> List[str]:
     """From the oldest to the one that the pointer names; all if it names none."""
     names = checkpoint_names(folder)
-    pointed = _pointed(folder)
+    pointed = pointed_checkpoint(folder)
     if pointed in names:
         if pointed == FINAL_WEIGHTS:
             return names
@@ -129,7 +129,8 @@ def _by_steps(folder: str, names: List[str]) -> List[str]:
     return [*(n for n in numbered if n not in later), FINAL_WEIGHTS, *later]
 
 
-def _pointed(folder: str) -> str:
+def pointed_checkpoint(folder: str) -> str:
+    """The name in a run's ``last_checkpoint``, the file that was written last; "" without one."""
     try:
         with PathManager.open(os.path.join(folder, POINTER), "rb") as f:
             return f.read(256).decode(errors="replace").strip()

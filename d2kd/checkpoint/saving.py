@@ -23,7 +23,7 @@ class WholeFiles:
         return getattr(PathManager, name)
 
     def open(self, path: str, mode: str = "r", **kwargs) -> Any:
-        if "w" in mode and "://" not in path:
+        if "w" in mode:
             return written_whole(path, mode)
         return PathManager.open(path, mode, **kwargs)
 

@@ -35,7 +35,7 @@ def _choose(args: argparse.Namespace) -> None:
         args.opts = overrides_of(args)
     elif args.run:
         run = open_run(args.run)
-        args.config_file = run.config_file
+        args.config_file = run.config_file if run.has_config() else run.student_file
         args.opts = [*run.here(), *overrides_of(args)]
     else:
         raise UserError("what is to be evaluated? Give a run's folder, or --config-file")

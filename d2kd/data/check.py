@@ -1,20 +1,14 @@
 """Load the training set once, and turn the usual troubles with data into one-line errors."""
 
 import logging
-import os
 from typing import Callable, Collection, Iterable, List, Optional, Sequence
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 
-from d2kd.data.annotations import EMPTY_SIDE
 from d2kd.data.classes import class_names_of
 from d2kd.data.images import refuse_outside
 from d2kd.data.sets import (
     LOADING_ERRORS,
-    data_root,
     findings_in_dicts,
     findings_in_file,
     has_annotation_file,
@@ -27,15 +21,17 @@ from d2kd.errors import UserError, nearest
 logger = logging.getLogger(__name__)
 
 
-def check_dataset_names(cfg) -> None:
-    """Check that DATASETS.TRAIN names something and that all data sets of the config are known.
+def check_dataset_names(cfg, training: bool = True) -> None:
+    """Checks that the config names something to train with, or else to evaluate with, and that what
+    it names is known.
 
     Raises:
         UserError: naming the key, the name and the nearest known one.
     """
-    if not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty: name a data set, e.g. ('coco_2017_train',)")
-    for key in ("TRAIN", "TEST"):
+    needed, example = ("TRAIN", "coco_2017_train") if training else ("TEST", "coco_2017_val")
+    if not cfg.DATASETS[needed]:
+        raise UserError(f"DATASETS.{needed} is empty: name a data set, e.g. ('{example}',)")
+    for key in ("TRAIN", "TEST") if training else ("TEST",):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 known = nearest(name, DatasetCatalog.list())
@@ -70,9 +66,7 @@ def load_training_dicts(cfg, load: Optional[Callable[[], List[dict]]] = None) ->
         )
     _check_annotated(dicts, names)
     _check_inside(dicts, names, "DATASETS.TRAIN")
-    _check_image_folders(dicts)
     _check_quickly(dicts, names, "DATASETS.TRAIN", cfg.RUN.SKIP_BAD_IMAGES if "RUN" in cfg else 0)
-    _report_empty_boxes(dicts)
     return dicts
 
 
@@ -119,19 +113,20 @@ def check_annotation_files(cfg, training: bool = True) -> None:
                 refuse_errors(findings, f"DATASETS.{key}")
 
 
-def check_evaluation(cfg, kinds: Optional[Collection[str]]) -> None:
+def check_evaluation(cfg, kinds: Optional[Collection[str]], training: bool = True) -> None:
     """Reads the sets of DATASETS.TEST, so that a run does not find out at its end that it cannot
     be evaluated.
 
     Args:
         cfg: of a run.
         kinds: of evaluators that there are; None if the config brings its own.
+        training: it is a run that trains, with the same classes.
 
     Raises:
         UserError: unknown names or evaluators, missing or corrupt files, other classes than those
             that are trained.
     """
-    check_dataset_names(cfg)
+    check_dataset_names(cfg, training)
     for name in cfg.DATASETS.TEST:
         try:
             dicts = DatasetCatalog.get(name)
@@ -150,9 +145,9 @@ def check_evaluation(cfg, kinds: Optional[Collection[str]]) -> None:
         if not any("annotations" in d for d in dicts):
             logger.warning(f"{name} has no annotations: its evaluation saves detections only")
         _check_inside(dicts, [name], "DATASETS.TEST")
-        _check_image_folders(dicts, "DATASETS.TEST")
-        _check_same_classes(cfg.DATASETS.TRAIN[0], name)
         _check_quickly(dicts, [name], "DATASETS.TEST")
+        if training:
+            _check_same_classes(cfg.DATASETS.TRAIN[0], name)
 
 
 def _check_same_classes(train: str, test: str) -> None:
@@ -198,45 +193,3 @@ def _check_inside(dicts: List[dict], names: Iterable[str], key: str) -> None:
     if not all(roots):
         return
     refuse_outside(dicts, roots, key)
-
-
-def _check_image_folders(dicts: List[dict], key: str = "DATASETS.TRAIN") -> None:
-    """Look for one image per folder: enough to notice a wrong path, and quick on COCO."""
-    samples = {os.path.dirname(d["file_name"]): d["file_name"] for d in dicts if "file_name" in d}
-    for path in samples.values():
-        if "://" not in path and not PathManager.isfile(path):
-            raise UserError(
-                f"{key}: image {path} does not exist ({data_root()}); see datasets/README.md"
-            )
-
-
-def _report_empty_boxes(dicts: List[dict]) -> None:
-    """Log how many boxes have no area inside their image: Detectron2's mapper drops them."""
-    empty = total = 0
-    for mode in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-        rows = [
-            (*a["bbox"], d["width"], d["height"])
-            for d in dicts
-            for a in d.get("annotations", ())
-            if a.get("bbox_mode") == mode and not a.get("iscrowd", 0)
-        ]
-        if rows:
-            empty += _count_empty(rows, mode)
-            total += len(rows)
-    if empty:
-        logger.warning(
-            f"{empty} of {total} boxes have no area inside their image; Detectron2 drops them"
-        )
-
-
-def _count_empty(rows: List[tuple], mode: BoxMode) -> int:
-    """Count boxes, given as rows (4 coordinates, image width, image height), without area."""
-    try:
-        values = np.asarray(rows, dtype=np.float64).reshape(-1, 6)
-    except ValueError as error:
-        raise UserError(
-            "DATASETS.TRAIN: an annotation has a 'bbox' that is not 4 numbers: correct the file"
-        ) from error
-    boxes, sizes = BoxMode.convert(values[:, :4], mode, BoxMode.XYXY_ABS), values[:, 4:]
-    sides = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
-    return int((~(sides > EMPTY_SIDE).all(1)).sum())

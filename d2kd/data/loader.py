@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import threading
-from typing import Dict, Iterator, List, Optional, Set, Tuple
+from typing import Dict, Iterator, List, Set, Tuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from d2kd.data.bad_images import BAD_IMAGES, CannotRead, makes_white, mapped
 from d2kd.data.check import load_training_dicts
 from d2kd.data.stream import Sample, StreamFrom, delivery_order, replay
 from d2kd.errors import UserError
+from d2kd.layers.random import preserve_rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -217,26 +218,10 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def random_states_kept(devices: Optional[List[int]] = None) -> Iterator[None]:
-    """Gives Python's, NumPy's and torch's generators their states back at the end.
-
-    Args:
-        devices: GPUs whose generators are meant too; all by default.
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
 def _random_states(entropy: Tuple[int, ...]) -> Iterator[None]:
     """Seeds Python's, NumPy's and torch's CPU generators for a while."""
     seeds = [int(s) for s in np.random.SeedSequence(entropy).generate_state(3)]
-    with random_states_kept(devices=[]):
+    with preserve_rng_state(cuda=False):
         random.seed(seeds[0])
         np.random.seed(seeds[1])
         torch.default_generator.manual_seed(seeds[2])

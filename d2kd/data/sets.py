@@ -21,6 +21,7 @@ LOADING_ERRORS = (
     OSError,
     AssertionError,
     AttributeError,
+    ImportError,  # of a format's own library
     LookupError,
     OverflowError,
     RecursionError,
@@ -179,6 +180,7 @@ def quick_look(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
 def _missing(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
     """By one listing per folder, which is quick where asking for each file is not."""
     listed: Dict[str, Set[str]] = {}
+    text = f"does not exist ({data_root()}); see datasets/README.md"
     findings = []
     for d in dicts:
         path = d.get("file_name")
@@ -188,9 +190,7 @@ def _missing(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
         if folder not in listed:
             listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in listed[folder]:
-            findings.append(
-                Finding("image missing", ERROR, path, "does not exist", d.get("image_id"))
-            )
+            findings.append(Finding("image missing", ERROR, path, text, d.get("image_id")))
     return findings
 
 

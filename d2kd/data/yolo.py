@@ -1,6 +1,7 @@
 """Data sets in YOLO's layout: a YAML that names the classes and where the images are, and a text
 file of boxes per image, which globox reads."""
 
+import glob
 import hashlib
 import os
 from typing import Any, Dict, List, NamedTuple, Tuple
@@ -78,8 +79,11 @@ def _classes(names: Any, path: str) -> Tuple[str, ...]:
 
 def _images(place: str, path: str) -> List[str]:
     if os.path.isdir(place):
-        found = sorted(os.path.join(place, name) for name in os.listdir(place))
-        return [x for x in found if x.lower().endswith(_IMAGES)]
+        found = glob.glob(os.path.join(glob.escape(place), "**", "*"), recursive=True)
+        images = sorted(x for x in found if x.lower().endswith(_IMAGES))
+        if not images:
+            raise UserError(f"{path} names {place}, which holds no image ({', '.join(_IMAGES)})")
+        return images
     if os.path.isfile(place):
         with open(place, errors="replace") as f:
             lines = [line.strip() for line in f]

@@ -6,6 +6,9 @@ import os
 from typing import Any, Dict, List
 
 import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.file_io import PathManager
 
@@ -108,27 +111,41 @@ class FasterCOCOEvaluator(COCOEvaluator):
 
 
 def _numbered(dataset: Dict[str, Any], numbers: Dict[Any, int]) -> Dict[str, Any]:
-    """Annotations in COCO's format with numbers in place of the ids of images."""
+    """Annotations in COCO's format with numbers in place of the ids of images. Those of images that
+    are not listed count for nothing, as with pycocotools."""
     return {
         **dataset,
         "images": [{**image, "id": numbers[image["id"]]} for image in dataset["images"]],
         "annotations": [
             {**annotation, "image_id": numbers[annotation["image_id"]]}
             for annotation in dataset.get("annotations", ())
+            if annotation["image_id"] in numbers
         ],
     }
 
 
-def coco_evaluator(dataset_name: str, output_dir: str) -> COCOEvaluator:
+def coco_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> COCOEvaluator:
     """
     Args:
+        cfg: of a run.
         dataset_name: a registered data set.
-        output_dir: where detections are written.
+        output_dir: where detections are written, and the annotations of a set without a file.
 
     Returns:
         an evaluator of Detectron2's kind, which computes COCO's metrics.
     """
+    _write_annotations(dataset_name, output_dir)
+    options = {"output_dir": output_dir, "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
     if faster_coco_eval is None:
         logger.debug("pycocotools evaluates; d2kd[fast-eval] would be faster, with equal numbers")
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
-    return FasterCOCOEvaluator(dataset_name, output_dir=output_dir)
+        return COCOEvaluator(dataset_name, **options)
+    return FasterCOCOEvaluator(dataset_name, **options)
+
+
+def _write_annotations(dataset_name: str, output_dir: str) -> None:
+    """Writes those of a set that is registered without a file, as Detectron2's evaluator does, but
+    in every process that evaluates: the file of an earlier one may be out of date."""
+    metadata = MetadataCatalog.get(dataset_name)
+    if not hasattr(metadata, "json_file"):
+        metadata.json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
+        convert_to_coco_json(dataset_name, metadata.json_file, allow_cached=False)

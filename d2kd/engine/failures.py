@@ -44,7 +44,8 @@ def _reason(error: RuntimeError) -> Optional[str]:
     if "DataLoader worker" in text:
         return (
             f"a process that loads data ended ({text.split('. ')[0]}; out of memory?): add --resume"
-            " to go on from the last checkpoint, with more memory or fewer DATALOADER.NUM_WORKERS"
+            " to go on from the last checkpoint with more memory, or --force-resume with fewer "
+            "DATALOADER.NUM_WORKERS"
         )
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (

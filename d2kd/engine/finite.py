@@ -4,6 +4,7 @@ from collections import deque
 from typing import Any, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ class FiniteLosses:
         self._model = model
         self._passes: Deque[_Pass] = deque(maxlen=batches)
         self._looking = False
+        self._alone = comm.get_world_size() == 1
         model.register_forward_pre_hook(self._before)
         model.register_forward_hook(self._after)
         optimizer.register_step_pre_hook(lambda *args: self.check())
@@ -73,15 +75,22 @@ class FiniteLosses:
             for name, loss in done.losses.items()
             if not loss.isfinite()
         )
-        origin = self.origin() or (
-            "the outputs of all modules are finite, it began in the loss itself; lower "
-            "SOLVER.BASE_LR or the term's WEIGHT"
-        )
-        raise UserError(f"{wrong}: {origin}")
+        raise UserError(f"{wrong}: {self.origin() or self._unknown_origin()}")
+
+    def _unknown_origin(self) -> str:
+        if self._alone:
+            found = "the outputs of all modules are finite, it began in the loss itself"
+        else:
+            found = "images and weights are finite (a run of one process says which module is not)"
+        return f"{found}; lower SOLVER.BASE_LR or the term's WEIGHT"
 
     def origin(self) -> Optional[str]:
         """Which part of the last step was the first that is not finite; None if all is. A detector
-        may stop with any error at numbers that are none, before it comes to a loss."""
+        may stop with any error at numbers that are none, before it comes to a loss.
+
+        Among several processes modules are not looked at: it takes a step of all of them, and the
+        others wait elsewhere.
+        """
         for done in self._passes:
             for name in _images_not_finite(done.inputs):
                 return f"image {name} is not finite; repair it or its mapper"
@@ -90,6 +99,8 @@ class FiniteLosses:
             tensor = first_not_finite(detector)
             if tensor:
                 return _blamed(side, tensor)
+        if not self._alone:
+            return None
         self._looking = True
         outputs = (_first_output(self._model, done.inputs, sides) for done in self._passes)
         first = next(filter(None, outputs), None)
@@ -131,7 +142,7 @@ def _blamed(side: str, tensor: str) -> str:
         return f"the teacher's {tensor} is not finite; give other DISTILL.TEACHER.WEIGHTS"
     return (
         f"the {side}'s {tensor} is not finite since the step before, whose gradient was not; lower "
-        "SOLVER.BASE_LR, or add SOLVER.CLIP_GRADIENTS.ENABLED True, and go on with --resume"
+        "SOLVER.BASE_LR, or add SOLVER.CLIP_GRADIENTS.ENABLED True, and go on with --force-resume"
     )
 
 

@@ -7,12 +7,13 @@ import sys
 from typing import List, Optional
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from torch import nn
 
 from d2kd.checkpoint import BEST_WEIGHTS, Best, StudentCheckpointer, read_best
 from d2kd.distillation import TeacherStudent
 from d2kd.errors import nearest
+from d2kd.layers.random import preserve_rng_state
 from d2kd.layers.timing import mean_seconds
 
 from .metrics import PERIOD
@@ -51,6 +52,16 @@ class ScheduleHook(HookBase):
             if value is not None and value.dim() == 1 and schedule.active(iteration):
                 for level, number in enumerate(value.tolist()):
                     storage.put_scalar(f"{prefix}/level{level}", number)
+
+
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's, but every time with the same batches and without a trace in the random numbers
+    of training, so that a resumed run comes to what one that went on does."""
+
+    def update_stats(self) -> None:
+        self._data_iter = None  # begin anew
+        with preserve_rng_state():
+            super().update_stats()
 
 
 class BestHook(HookBase):

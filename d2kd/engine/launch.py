@@ -23,7 +23,6 @@ from d2kd.checkpoint import (
     write_student_yaml,
 )
 from d2kd.config import read_config
-from d2kd.data.check import check_annotation_files
 from d2kd.data.classes import class_names_of
 from d2kd.data.described import register_described
 from d2kd.distillation import build_detector
@@ -35,7 +34,7 @@ from d2kd.one_line import exit_status, in_one_line
 
 from .holding import hold_folder
 from .logs import set_up_logs
-from .preflight import refuse_processes, refuse_unusable, refuse_unwritable
+from .preflight import refuse_not_evaluated, refuse_processes, refuse_unusable
 from .processes import (
     Place,
     hand_out,
@@ -72,8 +71,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with in_words_of(is_lazy(cfg)):
         if args.eval_only:
             _choose_weights(cfg, args.resume)
-            refuse_unwritable(cfg.OUTPUT_DIR)
-            check_annotation_files(cfg, training=False)
+            refuse_not_evaluated(cfg)
         else:
             _refuse_other_run(cfg, args)
             refuse_unusable(cfg)

@@ -5,6 +5,7 @@ import math
 import os
 from typing import Any, Dict, Iterable, List, Tuple
 
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
 from d2kd.distillation.teacher_student import LOG_PERIOD
@@ -59,7 +60,8 @@ def restore_metrics(
     for writer in writers:
         if not isinstance(writer, ProgressPrinter):
             writer.write()  # remembers how far it came
-    forget_lines(os.path.join(folder, METRICS), written)
+    if comm.is_main_process():
+        forget_lines(os.path.join(folder, METRICS), written)
     _put(storage, scalars, range(written + 1, iteration + 1))
 
 

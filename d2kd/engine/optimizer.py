@@ -1,13 +1,14 @@
 """Optimizers: Detectron2's own, AdamW, clipping of the norm of all gradients together, parameters
 that do not decay."""
 
-from typing import Callable, Dict, List, TypeVar
+import contextlib
+from typing import Callable, Dict, Iterator, List, TypeVar
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, get_default_optimizer_params
 from detectron2.solver import build_lr_scheduler as build_schedule
 from detectron2.solver import build_optimizer as build_sgd
-from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
@@ -56,6 +57,26 @@ def _built(build: Callable[[], _T], what: str) -> _T:
             f"the {what} that SOLVER describes cannot be built: {reason(error)} (--debug shows "
             "where)"
         ) from error
+
+
+@contextlib.contextmanager
+def hyperparameters_kept(
+    optimizer: torch.optim.Optimizer, schedule: LRMultiplier
+) -> Iterator[None]:
+    """While the states of both are loaded: learning rates, momentum and decay stay those that the
+    config says, which a run that is told to go on with other ones has changed. The state of the
+    parameters and the place on the schedule are those of the file.
+
+    Args:
+        optimizer: as it was built.
+        schedule: of its learning rate.
+    """
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    base_lrs = list(schedule.base_lrs)
+    yield
+    schedule.base_lrs = base_lrs
+    for group, built, lr in zip(optimizer.param_groups, groups, schedule.get_lr()):
+        group.update({**built, "lr": lr})
 
 
 def _build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

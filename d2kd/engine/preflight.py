@@ -14,6 +14,8 @@ from d2kd.errors import UserError
 from .scaling import scale_to_processes
 from .trainer import evaluator_kinds
 
+_COCO_KEYPOINTS = 17
+
 
 def refuse_processes(cfg: CfgNode, local_count: int, count: int, training: bool) -> None:
     """
@@ -54,6 +56,17 @@ def refuse_unusable(cfg: CfgNode) -> None:
         check_evaluation(cfg, evaluator_kinds(cfg))
 
 
+def refuse_not_evaluated(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: for data that a detector cannot be evaluated with, or a folder that takes no
+            results.
+    """
+    refuse_unwritable(cfg.OUTPUT_DIR)
+    check_annotation_files(cfg, training=False)
+    check_evaluation(cfg, evaluator_kinds(cfg), training=False)
+
+
 def refuse_settings(cfg: CfgNode) -> None:
     """
     Raises:
@@ -66,11 +79,27 @@ def refuse_settings(cfg: CfgNode) -> None:
         )
     if cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: give 1 or more steps")
+    _refuse_sigmas(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError(
+            "TEST.AUG.ENABLED is True, but d2kd evaluates without test-time augmentation: set it "
+            "to False"
+        )
     device = cfg.MODEL.DEVICE
     if cfg.SOLVER.AMP.ENABLED and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise UserError(
             f"SOLVER.AMP.ENABLED is True, but MODEL.DEVICE is '{device}': mixed precision needs a "
             "CUDA device; set it to False"
+        )
+
+
+def _refuse_sigmas(cfg: CfgNode) -> None:
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or _COCO_KEYPOINTS
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST and sigmas != keypoints:
+        raise UserError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} numbers (without any, COCO's), but "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}: give one for each"
         )
 
 
@@ -80,7 +109,7 @@ def refuse_unwritable(folder: str) -> None:
         UserError: if no file can be made in a folder.
     """
     if "://" in folder:
-        return
+        raise UserError(f"OUTPUT_DIR is '{folder}': give a folder of this machine's file systems")
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -27,8 +27,6 @@ _FREE = (
     "VIS_PERIOD",
     "SOLVER.CHECKPOINT_PERIOD",
     "DATASETS.TEST",
-    "DATASETS.PROPOSAL_FILES_TEST",
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
     "TEST",
     # In a Python config
     "dataloader.evaluator",

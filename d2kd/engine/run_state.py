@@ -107,7 +107,7 @@ class RunState(HookBase):
             "python": (version, list(keys), gauss),
             "numpy": (name, np_keys.tolist(), *rest),
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
             "streams": {name: stream.state_dict() for name, stream in self._streams.items()},
             "loss_normalizer": getattr(self._student, "loss_normalizer", None),
         }

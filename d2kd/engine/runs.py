@@ -13,6 +13,7 @@ from d2kd.checkpoint import (
     checkpoint_names,
     class_names_in,
     load_trained_weights,
+    pointed_checkpoint,
 )
 from d2kd.config import read_config
 from d2kd.distillation import build_detector
@@ -62,7 +63,7 @@ class TrainedRun(NamedTuple):
     def here(self) -> List[str]:
         """Changes to a config of the run that say where folder and checkpoint are now."""
         opts = ["MODEL.WEIGHTS", self.weights, "OUTPUT_DIR", self.folder]
-        return python_overrides(self.config_file, opts)
+        return python_overrides(self.student_file, opts)
 
     def _read(self, path: str, opts: Sequence) -> CfgNode:
         return read_config(path, [*self.here(), *python_overrides(path, opts)])
@@ -109,5 +110,8 @@ def _student_file(folder: str) -> str:
 
 
 def _last(folder: str) -> Optional[str]:
+    """As resuming does: a run that was made longer and interrupted has a newer one than the final
+    one."""
     names = checkpoint_names(folder)
-    return names[-1] if names else None
+    pointed = pointed_checkpoint(folder)
+    return pointed if pointed in names else next(reversed(names), None)

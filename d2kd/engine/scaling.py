@@ -31,8 +31,8 @@ def scale_to_processes(cfg: CfgNode, count: int) -> CfgNode:
             "is no multiple: give the number of GPUs that the config is written for, or 0"
         )
     scaled = DefaultTrainer.auto_scale_workers(cfg, count)
-    if scaled is cfg or scaled.SOLVER.REFERENCE_WORLD_SIZE == cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        return scaled
+    if scaled is cfg:
+        return cfg
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / count
     frozen = scaled.is_frozen()
     scaled.defrost()

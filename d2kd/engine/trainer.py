@@ -28,9 +28,10 @@ from d2kd.checkpoint import PARAMETER_NAMES, StudentCheckpointer, refuse_not_fin
 from d2kd.data.bad_images import NamingLoader, NamingMapper
 from d2kd.data.check import num_classes_of
 from d2kd.data.classes import class_names_of
-from d2kd.data.loader import ResumableLoader, random_states_kept
+from d2kd.data.loader import ResumableLoader
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.errors import UserError, reason
+from d2kd.layers.random import preserve_rng_state
 from d2kd.lazy import is_lazy
 from d2kd.one_line import exit_status
 from d2kd.views import build_family
@@ -41,9 +42,9 @@ from .averaging import AverageHook
 from .coco_evaluation import coco_evaluator
 from .failures import keep_quiet_of_user_errors, told
 from .finite import FiniteLosses
-from .hooks import BestHook, CostHook, ScheduleHook
+from .hooks import BestHook, CostHook, PreciseBN, ScheduleHook
 from .metrics import METRICS, forget_lines, has_lines_from, restore_metrics
-from .optimizer import build_lr_scheduler, build_optimizer
+from .optimizer import build_lr_scheduler, build_optimizer, hyperparameters_kept
 from .processes import share_statistics, shared
 from .progress import ProgressPrinter
 from .results import evaluated
@@ -60,10 +61,11 @@ from .stopping import (
 
 logger = logging.getLogger(__name__)
 
+# By kind of data set, from a config, the set's name and where to write
 EVALUATORS = {
     "coco": coco_evaluator,
-    "lvis": LVISEvaluator,
-    "pascal_voc": PascalVOCDetectionEvaluator,
+    "lvis": lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder),
+    "pascal_voc": lambda cfg, name, folder: PascalVOCDetectionEvaluator(name),
 }
 
 
@@ -153,10 +155,7 @@ class DistillTrainer(DefaultTrainer):
         )
         average = self._average_hook()
         self._finite = FiniteLosses(model, self._trainer.optimizer, batches)
-        stock = super().build_hooks()
-        for hook in stock:
-            if isinstance(hook, hooks.PreciseBN):  # its passes are none of training: no teacher
-                hook._model = self.student
+        stock = [self._of_student(hook) for hook in super().build_hooks()]
         if is_lazy(self.cfg):
             lazy_parts.limit_checkpoints(self.cfg, stock)
         saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
@@ -168,6 +167,14 @@ class DistillTrainer(DefaultTrainer):
         cost = CostHook(model, batches)
         before = [*schedule, cost, *average, *stock[:at], self._run_state, *stock[at:behind]]
         return [*before, self._stop_hook, *self._hooks_behind_saving]
+
+    def _of_student(self, hook: HookBase) -> HookBase:
+        """Statistics of norms are measured with the student alone: the passes are none of training,
+        and need no teacher."""
+        if not isinstance(hook, hooks.PreciseBN):
+            return hook
+        batches = self.cfg.TEST.PRECISE_BN.NUM_ITER
+        return PreciseBN(self.cfg.TEST.EVAL_PERIOD, self.student, hook._data_loader, batches)
 
     def _average_hook(self) -> List[HookBase]:
         decay = self.cfg.SOLVER.EMA_DECAY
@@ -191,6 +198,11 @@ class DistillTrainer(DefaultTrainer):
         super().resume_or_load(resume)
         source = self.checkpointer.get_checkpoint_file() or self.cfg.MODEL.WEIGHTS
         refuse_not_finite(self.student, self.checkpointer.weights_key, source)
+        if len(set(comm.all_gather(self.start_iter))) > 1:
+            raise UserError(
+                f"OUTPUT_DIR is '{self.cfg.OUTPUT_DIR}', where not every process finds the same "
+                "checkpoint to resume: give a folder that all machines share"
+            )
         if self.start_iter:
             self.data_loader.start_iter = self.start_iter * self.cfg.SOLVER.ACCUMULATION_STEPS
             self._run_state.restore()
@@ -332,8 +344,9 @@ class DistillTrainer(DefaultTrainer):
                 "the checkpoint to resume was written with other trained parameters: give the "
                 "config of its run, or another OUTPUT_DIR"
             )
-        super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        with hyperparameters_kept(self._trainer.optimizer, self.scheduler):
+            super().load_state_dict(state_dict)
+            self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
@@ -366,16 +379,13 @@ class DistillTrainer(DefaultTrainer):
                 f"DATASETS.TEST names '{dataset_name}', whose evaluator_type is '{kind}': d2kd "
                 f"evaluates {', '.join(EVALUATORS)}"
             )
-        if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return EVALUATORS[kind](dataset_name, output_dir=folder)
+        return EVALUATORS[kind](cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
         share_statistics(model)
         # Evaluation in the middle of training leaves the random numbers of training alone.
-        with random_states_kept():
+        with preserve_rng_state():
             if evaluators is None:
                 evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
             stoppable = [StoppableEvaluator(evaluator) for evaluator in evaluators]

@@ -1,8 +1,10 @@
 """Random numbers that do not shift those of others."""
 
 import contextlib
-from typing import Any, Dict, Optional
+import random
+from typing import Any, Dict, Iterator, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,23 @@ class RandomStream(contextlib.AbstractContextManager):
     def load_state_dict(self, state: Dict[str, Optional[Tensor]]) -> None:
         """Continues where another stream was, see :meth:`state_dict`."""
         self._state = dict(state)
+
+
+@contextlib.contextmanager
+def preserve_rng_state(cuda: bool = True) -> Iterator[None]:
+    """Gives Python's, NumPy's and torch's generators their states back at the end.
+
+    Args:
+        cuda: the generator of the current CUDA device is meant too, where CUDA is in use.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = _global_state() if cuda else {"cpu": torch.get_rng_state(), "cuda": None}
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        _set_global_state(torch_state)
 
 
 def _cuda_start(seed: int) -> Tensor:

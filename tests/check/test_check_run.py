@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from toys import distill_config
 
 from d2kd.check import TeacherAP, check_config, check_run
+from d2kd.check import run as checks
 from d2kd.cli.main import main
 from d2kd.data.findings import ERROR
 from d2kd.distillation import build_detector
@@ -140,7 +141,18 @@ def test_a_batch_that_cannot_be_shared(cfg):
     assert any("SOLVER.REFERENCE_WORLD_SIZE is 3" in message for message in errors(parts_of(cfg)))
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     [message] = errors(parts_of(cfg, images=False, num_gpus=4))
-    assert "a positive multiple of --num-gpus, 4" in message
+    assert "a positive multiple of the number of processes, 4" in message
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 2  # on 4 processes it has twice as many images
+    assert not errors(parts_of(cfg, images=False, num_gpus=4))
+
+
+def test_more_objects_than_coco_counts_are_no_error(cfg, monkeypatch):
+    monkeypatch.setattr(checks, "ap_of_annotations", lambda *_: 66.3)
+    monkeypatch.setattr(checks, "_most_objects", lambda name: 150)
+    parts = parts_of(cfg, images=False)
+    [said] = parts["evaluation"].findings
+    assert not errors(parts) and said.severity == "warning"
+    assert "has 150 objects" in said.message and "no detector can exceed 66.3" in said.message
 
 
 TINY = "shapes/baselines/fcos_tiny"

@@ -117,3 +117,17 @@ def test_what_is_wrong_with_boxes_is_told(data, tmp_path, text, words):
     (tmp_path / "labels" / "train" / "a.txt").write_text(text)
     with pytest.raises(UserError, match=words):
         load_training_dicts(read(data))
+
+
+def test_images_in_folders_of_the_folder(data, tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train" / "more").mkdir()
+    Image.new("RGB", (40, 20)).save(tmp_path / "images" / "train" / "more" / "c.jpg")
+    (tmp_path / "labels" / "train" / "more" / "c.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    assert [len(x["annotations"]) for x in load_yolo(str(data), "train")] == [1, 0, 1]
+
+
+def test_a_folder_without_images(data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty, which holds no image"):
+        open_split(str(write(tmp_path, train="empty")), "train")

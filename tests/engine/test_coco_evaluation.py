@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from toys import detector
 
 from d2kd.checkpoint import load_trained_weights
@@ -195,9 +196,45 @@ def test_it_is_used_where_it_is_installed_and_the_log_says_so(made, monkeypatch,
     name, data, detections, folder = made
     register(name, data, str(folder / "annotations.json"))
     caplog.set_level(logging.DEBUG, "d2kd")
-    with_it = evaluate(coco_evaluator(name, str(folder)), detections)
+    with_it = evaluate(coco_evaluator(get_cfg(), name, str(folder)), detections)
     assert "Evaluating with faster-coco-eval" in caplog.text
     monkeypatch.setattr(coco_evaluation, "faster_coco_eval", None)
-    evaluator = coco_evaluator(name, str(folder))
+    evaluator = coco_evaluator(get_cfg(), name, str(folder))
     assert type(evaluator) is COCOEvaluator and "pycocotools evaluates" in caplog.text
     assert evaluate(evaluator, detections)["bbox"] == pytest.approx(with_it["bbox"], **EXACT)
+
+
+def test_an_annotation_of_an_image_that_is_not_listed_counts_for_nothing(made):
+    name, data, detections, folder = made
+    data["annotations"].append({**data["annotations"][0], "id": 10**6, "image_id": 10**6})
+    register(name, data, str(folder / "annotations.json"))
+    ours = evaluate(FasterCOCOEvaluator(name), detections)["bbox"]
+    assert ours == pytest.approx(evaluate(COCOEvaluator(name), detections)["bbox"], **EXACT)
+
+
+def test_annotations_of_a_set_without_a_file_are_those_of_today(tmp_path):
+    """Those that an earlier process wrote for the evaluator are not read."""
+    for box in ([0, 0, 10, 10], [20, 20, 30, 30]):
+        name = "annotations_of_today"
+        entry = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+        image = {"file_name": "1.png", "image_id": 1, "height": 50, "width": 50}
+        dicts = [{**image, "annotations": [entry]}]
+        DatasetCatalog.register(name, lambda dicts=dicts: dicts)
+        MetadataCatalog.get(name).thing_classes = ["thing"]
+        found = Instances((50, 50))
+        found.pred_boxes = Boxes(torch.tensor([box], dtype=torch.float32))
+        found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        evaluator = coco_evaluator(get_cfg(), name, str(tmp_path))
+        assert evaluate(evaluator, [({"image_id": 1}, {"instances": found})])["bbox"]["AP"] == 100
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_sigmas_of_keypoints_are_those_of_the_config(made):
+    name, data, detections, folder = made
+    register(name, data, str(folder / "annotations.json"))
+    cfg = get_cfg()
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1] * 5
+    for _, output in detections:
+        output["instances"].pred_keypoints = torch.zeros(12, 5, 3)
+    assert coco_evaluator(cfg, name, str(folder))._kpt_oks_sigmas == [0.1] * 5

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from detectron2.utils import comm
 from runs import run_config, train
 
-from d2kd.engine.finite import FiniteLosses
+from d2kd.engine.finite import FiniteLosses, _Pass
 from d2kd.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -91,3 +92,16 @@ def test_losses_are_looked_at_once_in_a_step():
     model([])
     with pytest.raises(UserError, match="loss is nan"):  # no optimizer's step: mixed precision
         watch.check()
+
+
+def test_several_processes_do_not_run_the_model_again(monkeypatch):
+    """The others wait elsewhere, and would not answer."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    model, calls = torch.nn.Linear(1, 1), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = FiniteLosses(model, optimizer)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    losses._passes.append(_Pass(([{"image": torch.zeros(1)}],), {"loss": torch.tensor(NAN)}, {}))
+    with pytest.raises(UserError, match="loss is nan: images and weights are finite .*one process"):
+        losses.check()
+    assert not calls

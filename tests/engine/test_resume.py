@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 import yaml
+from detectron2.utils import comm
 from runs import assert_same_run, run_config, train
 
 from d2kd.checkpoint import newest_checkpoint, write_student_yaml
 from d2kd.checkpoint.saving import written_whole
 from d2kd.cli.main import train as main
+from d2kd.engine import DistillTrainer
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import differences, refuse_changed, write_run_config
 from d2kd.errors import UserError
@@ -173,6 +175,28 @@ def test_a_change_can_be_insisted_on(cfg, command):
     assert newest_checkpoint(cfg.OUTPUT_DIR).steps == 8
     with open(path_of(cfg, "config.yaml")) as f:
         assert "MAX_ITER: 8" in f.read()
+
+
+def test_what_is_insisted_on_is_in_force(cfg):
+    """Learning rates are the config's at this place of its schedule, and so is the decay."""
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = 0.02, 0.3
+    resumed, fresh = DistillTrainer(cfg), DistillTrainer(cfg)
+    resumed.resume_or_load(resume=True)
+    for _ in range(resumed.start_iter):
+        fresh._trainer.optimizer.step()
+        fresh.scheduler.step()
+    optimizers = [x._trainer.optimizer for x in (resumed, fresh)]
+    ours, theirs = ([{**g, "params": 0} for g in x.param_groups] for x in optimizers)
+    assert resumed.start_iter == 6 and ours == theirs
+    assert {g["weight_decay"] for g in ours} >= {0.3}
+    assert all(len(state) for state in optimizers[0].state.values())
+
+
+def test_machines_that_find_other_checkpoints(cfg, monkeypatch):
+    trainer = DistillTrainer(cfg)
+    monkeypatch.setattr(comm, "all_gather", lambda value: [value, 0])
+    with pytest.raises(UserError, match="not every process finds the same checkpoint"):
+        trainer.resume_or_load(resume=True)
 
 
 def test_insisting_on_another_student_leaves_the_run(cfg, command):

@@ -80,7 +80,7 @@ def test_evaluations_that_cannot_start(command, registered):
     for name, json_of_set, words in (
         ("start_missing", None, "start_missing.json does not exist"),
         ("start_torn", json.dumps(content)[:-9], "start_torn.json: is not valid JSON"),
-        ("start_image", content, "DATASETS.TEST: image"),
+        ("start_image", content, "none.png: image 1: does not exist"),
         ("start_empty", {**content, "images": []}, "start_empty holds no image"),
     ):
         assert words in command("DATASETS.TEST", registered(name, json_of_set))
@@ -97,6 +97,27 @@ def test_an_unknown_evaluator(command, toy_dataset):
     finally:
         del metadata.evaluator_type
         metadata.evaluator_type = kind
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [("()", "DATASETS.TEST is empty"), ("('start_vall',)", "no data set 'start_vall'")],
+)
+def test_evaluating_on_nothing_or_on_what_is_not_known(command, names, said):
+    opts = ["MODEL.WEIGHTS", "x.pth", "DATASETS.TEST", names, "DATASETS.TRAIN", "()"]
+    assert said in command(*opts, flags=["--eval-only"])
+
+
+@pytest.mark.parametrize(
+    "opts, said",
+    [
+        (["TEST.AUG.ENABLED", True], "TEST.AUG.ENABLED is True"),
+        (["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5], "has 17 numbers"),
+        (["OUTPUT_DIR", "s3://bucket/run"], "OUTPUT_DIR is 's3://bucket/run'"),
+    ],
+)
+def test_what_training_would_not_heed(command, opts, said):
+    assert said in command(*opts)
 
 
 def test_evaluation_without_weights(command):
