@@ -18,6 +18,7 @@ from d2kd.lazy import (
     refuse_incomplete,
     set_num_classes,
     target_of,
+    test_size,
     to_text,
     values_of,
 )
@@ -226,6 +227,8 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
             values = CfgNode(values_of(program))
             whole_numbers_as_floats(cfg, values)
             cfg.merge_from_other_cfg(values)
+        if test_size(program):
+            cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = test_size(program)
         check_config(cfg)
         resolve_datasets(cfg)
         if num_classes_described(cfg):

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple, Type
 
+from d2kd.catalogue.keys import keys_of
 from d2kd.config import DATASETS_KEYS, DISTILL_KEYS, RUN_KEYS, SOLVER_KEYS
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
 from d2kd.methods.core import term
@@ -120,15 +121,10 @@ def term_section() -> str:
 
 
 def method_rows(method: Type[Distiller]) -> Iterator[Tuple[str, ...]]:
-    """A method's keys; of what every term has, only what differs from :func:`term`'s defaults."""
-    usual, by_kind = term(0.0), keys_by_kind(method)
-    for name, key in walk(method.keys, method.node_name()):
-        *_, last = name.split(".")
-        of_term = name.split(".")[2].lower() in method.all_terms()
-        if of_term and last != "WEIGHT" and key.default == usual[last].default:
-            continue
-        short = name[len(method.node_name()) + 1 :]
-        yield row(short, key, "by kind of student" if short in by_kind else "")
+    """A method's keys."""
+    by_kind = keys_by_kind(method)
+    for name, key in keys_of(method):
+        yield row(name, key, "by kind of student" if name in by_kind else "")
 
 
 def keys_by_kind(method: Type[Distiller]) -> List[str]:

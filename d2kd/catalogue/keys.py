@@ -1,10 +1,11 @@
 """Every config key of d2kd's, and what it may be."""
 
 import math
-from typing import Dict, List, Mapping, Tuple
+from typing import Dict, Iterator, List, Mapping, Tuple, Type
 
 from d2kd.config import DATASETS_KEYS, DISTILL_KEYS, RUN_KEYS, SOLVER_KEYS
-from d2kd.methods import DISTILLER_REGISTRY
+from d2kd.methods import DISTILLER_REGISTRY, Distiller
+from d2kd.methods.core import term
 from d2kd.modeling.config import MODEL_KEYS
 from d2kd.schema import TYPES, Key, Keys, walk
 
@@ -21,6 +22,18 @@ def all_keys() -> Dict[str, Key]:
     for _, method in DISTILLER_REGISTRY:
         nodes[method.node_name()] = method.keys
     return {name: key for prefix, keys in nodes.items() for name, key in walk(keys, prefix)}
+
+
+def keys_of(method: Type[Distiller]) -> Iterator[Tuple[str, Key]]:
+    """A method's keys by their names below its node; of what every term has, ``WEIGHT`` and what
+    differs from the usual default."""
+    usual = term(0.0)
+    for name, key in walk(method.keys, method.node_name()):
+        short = name[len(method.node_name()) + 1 :]
+        first, _, last = short.rpartition(".")
+        of_term = first.lower() in method.all_terms()
+        if not of_term or last == "WEIGHT" or key.default != usual[last].default:
+            yield short, key
 
 
 def what_it_may_be(key: Key) -> str:

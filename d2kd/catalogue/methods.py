@@ -7,10 +7,9 @@ from typing import List, NamedTuple
 
 from d2kd.evidence.costs import Costs, ratio
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
-from d2kd.schema import walk
 
 from .configs import Config, recipes
-from .keys import what_it_may_be
+from .keys import keys_of, what_it_may_be
 from .known_numbers import measured_costs, row
 from .pairs import kinds, reads_of, teachers_of
 
@@ -80,14 +79,12 @@ def _detectors(method: Method) -> str:
 
 def _keys(cls: "type[Distiller]") -> str:
     lines = [f"Keys, below {cls.node_name()}"]
-    for name, key in walk(cls.keys, cls.node_name()):
-        if name.endswith(".WEIGHT") or name.count(".") == 2:
-            short = name[len(cls.node_name()) + 1 :]
-            lines.append(f"  {short} = {key.default!r} ({what_it_may_be(key)})")
-            lines += textwrap.wrap(key.help, 96, initial_indent=_INDENT, subsequent_indent=_INDENT)
+    for name, key in keys_of(cls):
+        lines.append(f"  {name} = {key.default!r} ({what_it_may_be(key)})")
+        lines += textwrap.wrap(key.help, 96, initial_indent=_INDENT, subsequent_indent=_INDENT)
     for student, defaults in cls.defaults_of.items():
         values = ", ".join(f"{key} {value}" for key, value in defaults.values.items())
-        lines.append(f"  {student} students: {values} ({defaults.source})")
+        lines.append(f"  {student} students: {values or 'as above'} ({defaults.source})")
     others = "LEVEL_WEIGHTS, WARMUP_ITERS, DECAY, START_ITER, STOP_ITER"
     lines.append(f"  of every term: {others}; d2kd explain {cls.node_name()}.<TERM>.DECAY ...")
     return "\n".join(lines)

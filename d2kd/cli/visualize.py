@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> None:
     ending = os.path.splitext(args.output)[1].lower()
     if ending not in FORMATS:
         raise UserError(f"--output is '{args.output}': give a name with {', '.join(FORMATS)}")
+    folder = os.path.dirname(args.output) or "."
+    if not os.path.isdir(folder):
+        raise UserError(f"--output: there is no folder '{folder}': make it first")
     cfg = read_config(args.config, args.opts)
     looked = look(cfg)
     with written_whole(args.output, "wb") as f:

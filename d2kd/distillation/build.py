@@ -271,6 +271,12 @@ def _build_schedule(cfg: CfgNode, distiller: Distiller, name: str, term: str) ->
         expected = f"give {levels}, one per FPN level, or" if levels else "this term has no levels,"
         key = f"{distiller.node_name()}.{term.upper()}"
         raise UserError(f"{key}.LEVEL_WEIGHTS has {given} numbers: {expected} none")
+    full = node.START_ITER + node.WARMUP_ITERS
+    if node.WARMUP_ITERS and full >= cfg.SOLVER.MAX_ITER:
+        logger.warning(
+            f"{distiller.node_name()}.{term.upper()}.WARMUP_ITERS is {node.WARMUP_ITERS}, the run "
+            f"has {cfg.SOLVER.MAX_ITER} iterations: the term never has its whole weight"
+        )
     return TermSchedule.from_config(node, cfg.SOLVER.MAX_ITER)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
@@ -36,7 +36,8 @@ class Cell(NamedTuple):
     opts: List[str]  # what the row and the command line change in it, KEY VALUE ...
     seed: int
     results: Dict[str, float]  # AP, AP50 and AP75 of the last evaluation
-    seconds: float  # of training, evaluations included; 0 if it was not trained
+    # Of training, evaluations included; 0 if it was not trained, None if in several parts
+    seconds: Optional[float]
     parameters: float  # of the student, in millions
     made_with: Dict[str, Any]  # commit, versions, processor, threads: see MADE_WITH
 
@@ -50,7 +51,6 @@ def cell_of(label: str, row: Row, seed: int, run: Run, opts: Sequence[str] = ())
         opts: overrides beside the row's, KEY VALUE ...
     """
     opts = [*row.opts, *opts]
-    versions = [*recorded_versions(run.folder), {}][0]
     return Cell(
         label=label,
         config=config_name(row.config),
@@ -59,8 +59,20 @@ def cell_of(label: str, row: Row, seed: int, run: Run, opts: Sequence[str] = ())
         results=run.results,
         seconds=run.seconds,
         parameters=parameters(row.config, opts),
-        made_with={key: versions[key] for key in MADE_WITH if key in versions},
+        made_with=_made_with(recorded_versions(run.folder)),
     )
+
+
+def _made_with(starts: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """Of the first start of a run; where a later one had something else, both in words."""
+    found = {}
+    for key in MADE_WITH:
+        values = list(dict.fromkeys(start[key] for start in starts if key in start))
+        if key == "started":
+            values = values[:1]
+        if values:
+            found[key] = values[0] if len(values) == 1 else ", then ".join(map(str, values))
+    return found
 
 
 def parameters(config_file: str, opts: Sequence = ()) -> float:

@@ -6,6 +6,7 @@ import os
 import statistics
 from typing import Dict, List, Sequence
 
+import numpy as np
 from tabulate import tabulate
 
 from d2kd.checkpoint import written_whole
@@ -114,9 +115,7 @@ def growth_text(key: str, values: Sequence[str], all_costs: Sequence[Costs]) -> 
 
 def _slope(x: List[float], y: List[float]) -> float:
     """Of log y over log x, by least squares."""
-    return statistics.linear_regression(
-        [math.log(value) for value in x], [math.log(value) for value in y]
-    ).slope
+    return float(np.polyfit([math.log(v) for v in x], [math.log(v) for v in y], deg=1)[0])
 
 
 def read_costs(path: str) -> List[Costs]:

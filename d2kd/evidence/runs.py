@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -36,7 +37,8 @@ class Run(NamedTuple):
 
     folder: str
     results: Dict[str, float]  # of the last evaluation
-    seconds: float  # of training, evaluations included; 0 if it was not trained here
+    # Of training, evaluations included; 0 if it was not trained here, None if in several parts
+    seconds: Optional[float]
 
 
 def opts_of(row: Row, seed: int, output: str, opts: Sequence[str] = ()) -> List[str]:
@@ -169,7 +171,7 @@ class _Training:
                         f"{self.folder} holds a run with another config: remove it, or give "
                         "another --output"
                     )
-        self._done = min(steps_done(self.folder), self._max_iter)
+        self._before = self._done = min(steps_done(self.folder), self._max_iter)
 
     def is_finished(self) -> bool:
         return os.path.isfile(os.path.join(self.folder, SUMMARY))
@@ -212,9 +214,10 @@ class _Training:
         found = {m: [*scalars(self.folder, f"bbox/{m}").values()] for m in METRICS}
         if not all(found.values()):
             raise UserError(f"{self.name} was not evaluated, {self.folder} has no bbox/AP")
-        results = {metric: values[-1] for metric, values in found.items()}
+        # Detectron2 has no number for a detector that finds nothing
+        results = {m: 0.0 if math.isnan(values[-1]) else values[-1] for m, values in found.items()}
         with written_whole(os.path.join(self.folder, SUMMARY)) as f:
-            json.dump({"seconds": seconds, "results": results}, f)
+            json.dump({"seconds": None if self._before else seconds, "results": results}, f)
         return f"{self.name}: {results['AP']:.1f} AP in {seconds / 60:.1f} min"
 
     def _last_line(self) -> str:
@@ -234,7 +237,8 @@ class _Training:
             with open(path, encoding="utf-8") as f:
                 content = json.load(f)
             results = {metric: float(content["results"][metric]) for metric in METRICS}
-            return Run(self.folder, results, float(content["seconds"]))
+            seconds = content["seconds"]
+            return Run(self.folder, results, None if seconds is None else float(seconds))
         except (ValueError, TypeError, LookupError, RecursionError) as e:
             raise UserError(
                 f"{path} is damaged ({reason(e)}): remove it, and it is written anew"

@@ -72,8 +72,8 @@ def table(rows: Dict[str, List[Cell]], baseline: str, costs: bool = True) -> str
         columns.append(gain(cells, rows[baseline]) if label != baseline else "")
         if costs:
             columns.append(f"{cells[0].parameters:.2f}")
-            seconds = np.mean([cell.seconds for cell in cells])
-            columns.append(f"{seconds:.0f}" if seconds else "")
+            known = all(cell.seconds for cell in cells)
+            columns.append(f"{np.mean([cell.seconds for cell in cells]):.0f}" if known else "")
         body.append([label, *columns])
     headers = ["", *METRICS, f"gain over {baseline}"]
     headers += ["parameters (M)", "seconds"] if costs else []
@@ -89,7 +89,7 @@ def gain(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
     if not values:
         return ""
     text = mean_and_deviation(values, "+")
-    if len(values) < MIN_PAIRS:
+    if len(values) < MIN_PAIRS or len(set(values)) == 1:
         return text
     p = stats.ttest_1samp(values, 0).pvalue
     return f"{text}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
@@ -98,7 +98,7 @@ def gain(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
 def gains(cells: Sequence[Cell], baseline: Sequence[Cell]) -> List[float]:
     """Differences of AP at equal seeds; none of cells that were not trained."""
     plain = {cell.seed: cell.results["AP"] for cell in baseline}
-    return [c.results["AP"] - plain[c.seed] for c in cells if c.seconds and c.seed in plain]
+    return [c.results["AP"] - plain[c.seed] for c in cells if c.seconds != 0 and c.seed in plain]
 
 
 def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:

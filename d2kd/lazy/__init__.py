@@ -8,7 +8,7 @@ calls with it, as text under ``LAZY``. No file in YAML can set that key.
 
 from .places import PLACES, in_words_of, values_of
 from .program import is_python, load_program, python_overrides, refuse_incomplete
-from .run import config_text, is_lazy, lazy_config, set_num_classes, target_of
+from .run import config_text, is_lazy, lazy_config, set_num_classes, target_of, test_size
 from .text import comparable, to_program, to_text
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "refuse_incomplete",
     "set_num_classes",
     "target_of",
+    "test_size",
     "to_program",
     "to_text",
     "values_of",

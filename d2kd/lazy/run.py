@@ -1,9 +1,11 @@
 """The Python config of a run, which its ``CfgNode`` carries with it."""
 
-from typing import Any
+import sys
+from typing import Any, Optional, Tuple
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -23,6 +25,16 @@ def target_of(call: DictConfig) -> Any:
     """
     target = call.get("_target_")
     return locate(target) if isinstance(target, str) else target
+
+
+def test_size(config: DictConfig) -> Optional[Tuple[int, int]]:
+    """The short side, and the most for the longer one, to which images are resized in testing, as
+    ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST`` say it; None if that is done in another way."""
+    calls = OmegaConf.select(config, "dataloader.test.mapper.augmentations", default=None)
+    if calls is None or len(calls) != 1 or target_of(calls[0]) is not ResizeShortestEdge:
+        return None
+    side, most = calls[0].short_edge_length, calls[0].get("max_size", sys.maxsize)
+    return (min(side) if isinstance(side, ListConfig) else side), most
 
 
 def is_lazy(cfg: CfgNode) -> bool:

@@ -27,7 +27,8 @@ def seconds_of_training(cfg: CfgNode, processes: int) -> float:
     with EventStorage(cfg.SOLVER.MAX_ITER // 2):
         model = random_pair(cfg) if cfg.DISTILL.METHODS else build_detector(cfg).train()
         student = model.student if cfg.DISTILL.METHODS else model
-        step = training_step(model, random_batch(load, build_family(student).num_classes))
+        batch = random_batch(load, build_family(student).num_classes)
+        step = training_step(model, batch, cfg.SOLVER.AMP.ENABLED)
         timed(step)
         per_image = min(timed(step) for _ in range(_STEPS))
     images = cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATION_STEPS

@@ -13,9 +13,9 @@ from d2kd.cli.main import main
 from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.evidence import runs
-from d2kd.evidence.cells import Cell, by_label, read_cells, write_cells
-from d2kd.evidence.rows import folder_of, labels_of, read_rows, read_table
-from d2kd.evidence.runs import steps_done, train_row, train_rows
+from d2kd.evidence.cells import Cell, by_label, cell_of, read_cells, write_cells
+from d2kd.evidence.rows import Row, folder_of, labels_of, read_rows, read_table
+from d2kd.evidence.runs import Run, steps_done, train_row, train_rows
 from d2kd.evidence.tables import table
 from d2kd.one_line import in_one_line
 
@@ -322,6 +322,22 @@ def test_gains_are_tested_from_five_seeds_on():
     assert "+1.4 ± 0.5, p = 0.005" in table(rows, "plain", costs=False)
     rows = {label: cells[:4] for label, cells in rows.items()}
     assert "p =" not in table(rows, "plain")
+
+
+def test_equal_rows_have_no_p_value():
+    rows = by_label([*cells_of("plain", (1.0,) * 5), *cells_of("same", (1.0,) * 5)])
+    assert "| +0.0 ± 0.0 " in table(rows, "plain") and "nan" not in table(rows, "plain")
+
+
+def test_a_run_in_several_parts_has_no_time_and_all_its_commits(tmp_path):
+    rows = by_label([*cells_of("plain", [1.0]), *cells_of("parts", [2.0], seconds=None)])
+    *_, gained, _, seconds, _ = table(rows, "plain").splitlines()[-1].split("|")
+    assert gained.strip() == "+1.0" and not seconds.strip()
+    starts = [{"commit": "a", "torch": "2"}, {"commit": "b", "torch": "2"}]
+    (tmp_path / "versions.json").write_text(json.dumps(starts))
+    run = Run(str(tmp_path), dict.fromkeys(("AP", "AP50", "AP75"), 1.0), None)
+    cell = cell_of("x", Row("x", RECIPE, ()), 1, run)
+    assert cell.made_with == {"commit": "a, then b", "torch": "2"}
 
 
 def test_a_detector_that_was_not_trained_has_no_gain():

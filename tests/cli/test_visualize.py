@@ -135,3 +135,9 @@ def test_a_picture_has_a_known_ending(monkeypatch, tmp_path, toy_dataset, capsys
 def test_any_method_that_weighs_places_is_shown(monkeypatch, tmp_path, toy_dataset, capsys):
     run(monkeypatch, tmp_path, toy_dataset, ["HGD"], ["DISTILL.HGD.SOURCE", "backbone"])
     assert "HGD: micro weights, mean of the channels, " in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_told_at_once(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["visualize", "shapes/frs/fcos_tiny", "--output", str(tmp_path / "no" / "x.png")])
+    assert f"there is no folder '{tmp_path / 'no'}'" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
-from toys import STUDENTS, batch, config, detector, distill_config, step
+from toys import STUDENTS, config, detector, distill_config
 
 from d2kd.checkpoint.weights import checksum
 from d2kd.config import add_distill_config, load_yaml
@@ -105,6 +105,14 @@ def test_a_term_that_would_never_run_is_refused():
         config(STUDENTS["FCOS"], opts)
 
 
+def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path, caplog):
+    opts = ["DISTILL.FRS.CLS.WARMUP_ITERS", 100, "SOLVER.MAX_ITER", 100]
+    opts += ["DISTILL.FRS.FEATURE.WARMUP_ITERS", 99]
+    build_model(distill_config(tmp_path, "FCOS", opts))
+    [said] = [r.getMessage() for r in caplog.records if "WARMUP" in r.getMessage()]
+    assert said.startswith("DISTILL.FRS.CLS.WARMUP_ITERS is 100, the run has 100 iterations")
+
+
 def test_every_method_documents_a_node_of_its_own():
     cfg = config(STUDENTS["FCOS"])
     for name, method in DISTILLER_REGISTRY:
@@ -196,13 +204,6 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch, device, current):
 def test_moving_the_model_moves_the_teacher(tmp_path):
     model = build_model(distill_config(tmp_path, "FCOS")).double()
     assert all(p.dtype == torch.double for p in model.teacher.detector.parameters())
-
-
-def test_several_teachers_steps_do_not_grow_memory_of_views(tmp_path):
-    """Nothing of a step is kept but detached values."""
-    model = build_model(distill_config(tmp_path, "FCOS"))
-    step(model, batch())
-    assert all(not value.requires_grad for value in model.last_terms.values())
 
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -17,13 +18,14 @@ from d2kd.checkpoint import write_student_program
 from d2kd.checkpoint.weights import checksum
 from d2kd.cli.main import main
 from d2kd.config import add_distill_config, read_config
-from d2kd.distillation import build_model
+from d2kd.distillation import build_detector, build_model
 from d2kd.engine import DistillTrainer
 from d2kd.engine.run_config import write_run_config
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
 from d2kd.lazy import lazy_config
 from d2kd.lazy.places import OWN_DEFAULTS
+from d2kd.prediction import Predictor
 from d2kd.schema import get_value
 
 FRS, PLAIN = "shapes/frs/fcos_tiny", "shapes/baselines/fcos_tiny"
@@ -187,6 +189,19 @@ def test_a_change_of_the_result_is_refused_when_resuming(made, capsys):
     assert "model.head.norm was 'GN', is 'BN'" in line and "SOLVER" not in line
     line = refused(cfg.OUTPUT_DIR, capsys, "--resume", train__max_iter=2)
     assert "train.max_iter is 2, but the run in" in line
+
+
+def test_images_are_resized_as_the_test_mapper_does(made, tmp_path):
+    """In prediction, measurements, export and the report, which read it like a YAML's."""
+    cfg, _ = made
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (128, 128)
+    student = open_run(cfg.OUTPUT_DIR).student_config(["MODEL.DEVICE", "cpu"])
+    entry = Predictor(build_detector(student).eval(), student).network_input(
+        np.zeros((64, 64, 3), dtype=np.uint8)
+    )
+    assert entry["image"].shape == (3, 128, 128)
+    other = "dataloader.test.mapper.augmentations.0.short_edge_length"
+    assert config(tmp_path, **{other.replace(".", "__"): 96}).INPUT.MIN_SIZE_TEST == 96
 
 
 def test_evaluation_and_output_may_change(made, tmp_path, capsys):
