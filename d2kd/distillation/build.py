@@ -21,6 +21,7 @@ from d2kd.methods.core import TermSchedule
 from d2kd.model_zoo import resolve_config, shipped_weights, trained_weights, zoo_weights
 from d2kd.modeling.backbone import check_p7
 from d2kd.views import (
+    Assignment,
     CannotRead,
     Family,
     Proposals,
@@ -250,6 +251,8 @@ def _check_reads(
         for read in asked:
             try:
                 family.observe(read)
+                if side == "teacher" and isinstance(read, Assignment):
+                    raise CannotRead("only a student is assigned ground truth")
                 if side == "teacher" and isinstance(read, Proposals):
                     family.check_proposes()
             except CannotRead as reason:

@@ -69,6 +69,8 @@ def rebuild(teacher: Teacher, student: Family, reads: Iterable[Read], options: O
         UserError: if the outputs differ by more than rounding.
     """
     reads = _comparable(reads, teacher.family)
+    if not reads:
+        return ""
     loaded = declared_outputs(teacher, student, reads)
     observed = [o.module for o in teacher.family.observed(reads)]
     done = []
@@ -217,7 +219,8 @@ def _compiled(
     """Compiles the backbone and the dense head, and says what came of it."""
     head = teacher.family.dense_head
     parts = [teacher.family.backbone, *([head.module] if head else [])]
-    modules = [m for part in parts for m in largest_unobserved(part, observed)]
+    found = [m for part in parts for m in largest_unobserved(part, observed)]
+    modules = [m for m in found if any(True for _ in m.children())]  # single layers gain nothing
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=True)
     try:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import Dict, FrozenSet, Iterable, List, Tuple
+from typing import Dict, FrozenSet, Iterable, List, Set, Tuple
 
 import torch
 from detectron2.structures import ImageList, Instances
@@ -20,6 +20,7 @@ from d2kd.views import (
     Read,
     Recorder,
     RegionSet,
+    Stage,
     TeacherView,
     Tower,
     build_family,
@@ -139,8 +140,10 @@ class TeacherPass:
         if not self._reads:
             return
         images = self._teacher.preprocess(self._inputs, ImageList(student_batch, self._sizes))
+        stages_alone = all(isinstance(read, Stage) for read in self._reads)  # the FPN is not needed
+        module = self._family.stage_module if stages_alone else self._family.backbone
         with torch.no_grad(), self._teacher.precision(), self._recorder:
-            self._family.backbone(images.tensor)
+            module(images.tensor)
 
     def finish(self, targets: List[Instances]) -> TeacherView:
         """Runs what else is read, and gives the view of it.
@@ -157,19 +160,34 @@ class TeacherPass:
         )
         towers = [read for read in self._reads if isinstance(read, Tower)]
         proposals = [read for read in self._reads if isinstance(read, Proposals)]
-        if proposals or Dense() in self._reads or any(tower.depth for tower in towers):
-            self._run_head()
+        dense = any(isinstance(read, Dense) for read in self._reads)
+        if proposals or dense or any(tower.depth for tower in towers):
+            self._run_head(view)
         with torch.no_grad():
             self._keep_statistics(view, [tower for tower in towers if tower.statistics])
             for read in proposals:
                 view.keep_proposals(read, self._sample(read, targets))
         return view
 
-    def _run_head(self) -> None:
-        outputs = self._recorder.output(self._family.backbone)
+    def _run_head(self, view: TeacherView) -> None:
+        head, outputs = self._family.dense_head, self._recorder.output(self._family.backbone)
         levels = [outputs[level.name] for level in self._family.levels]
+        branches = self._branches()
         with torch.no_grad(), self._teacher.precision(), self._recorder:
-            self._family.dense_head.run(levels)
+            if branches == {*head.branch_of.values()}:
+                head.run(levels)
+                return
+            for branch in sorted(branches):
+                view.keep_branches(head.resume(branch, 0, levels))
+
+    def _branches(self) -> Set[str]:
+        """The branches of the dense head that are read of; all of one that is sampled from."""
+        branch_of = self._family.dense_head.branch_of
+        if any(isinstance(read, Proposals) for read in self._reads):
+            return {*branch_of.values()}
+        outputs = {x for read in self._reads if isinstance(read, Dense) for x in read.outputs}
+        towers = {x.branch for x in self._reads if isinstance(x, Tower) and x.depth}
+        return {branch_of[x] for x in outputs if x in branch_of} | towers
 
     def _keep_statistics(self, view: TeacherView, towers: List[Tower]) -> None:
         for read in towers:

@@ -25,9 +25,13 @@ class RandomStream(contextlib.AbstractContextManager):
         """
         self._state = {"cpu": torch.Generator().manual_seed(seed).get_state(), "cuda": None}
         self._seed = seed
+        self._depth = 0
         self._outside: Dict[str, Optional[Tensor]] = {}
 
     def __enter__(self) -> "RandomStream":
+        self._depth += 1
+        if self._depth > 1:  # it goes on
+            return self
         self._outside = _global_state()
         if self._outside["cuda"] is not None and self._state["cuda"] is None:
             self._state["cuda"] = _cuda_start(self._seed)
@@ -35,6 +39,9 @@ class RandomStream(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         self._state = _global_state()
         _set_global_state(self._outside)
 

@@ -149,11 +149,12 @@ class FRS(Distiller):
 
     @classmethod
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
+        logits, head = Dense(("logits",)), teacher.dense_head
+        score = Dense(("logits", "centerness")) if node.CENTERNESS else logits
         reads = {
-            "feature": Reads(
-                student=(Features(),), teacher=(Features(), Dense()), any_classes=True
-            ),
-            "cls": Reads(student=(Dense(),), teacher=(Dense(),)),
+            "feature": Reads((Features(),), (Features(), score), any_classes=True),
+            # An RPN's class is any object, whatever the classes of its detector
+            "cls": Reads((logits,), (score,), any_classes=bool(head and head.class_agnostic)),
         }
         return {term: reads[term] for term in cls.enabled_terms(node)}
 
@@ -210,8 +211,10 @@ class FRS(Distiller):
 
     def scores(self, teacher: TeacherView) -> List[Tensor]:
         """The score of each paired level, (N, h, w) each."""
-        logits, _, centerness = teacher.predictions
+        predictions = teacher.predictions
         return [
-            feature_richness(logits[i], centerness[i] if self.centerness else None)
+            feature_richness(
+                predictions.logits[i], predictions.centerness[i] if self.centerness else None
+            )
             for i in (theirs.index for _, theirs in self.levels)
         ]

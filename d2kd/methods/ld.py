@@ -104,8 +104,8 @@ class LD(Distiller):
 
     @classmethod
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
-        reads = Reads(student=(Dense(), Assignment()), teacher=(Dense(),), any_classes=True)
-        return {"bbox": reads}
+        ours, theirs = Dense(("logits", "deltas")), Dense(("deltas",))
+        return {"bbox": Reads((ours, Assignment()), (theirs,), any_classes=True)}
 
     @classmethod
     def check_pair(cls, node: CfgNode, student: Family, teacher: Family) -> None:

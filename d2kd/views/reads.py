@@ -38,10 +38,16 @@ class Stage(Read):
 
 @dataclass(frozen=True)
 class Dense(Read):
-    """The raw predictions of the dense head; of a two-stage detector, of its RPN."""
+    """The raw predictions of the dense head; of a two-stage detector, of its RPN.
+
+    Attributes:
+        outputs: which of them. Branches that no output needs are not run in the teacher.
+    """
+
+    outputs: Tuple[str, ...] = ("logits", "deltas", "centerness")
 
     def __str__(self) -> str:
-        return "dense predictions"
+        return "dense predictions" if self == Dense() else f"dense {' and '.join(self.outputs)}"
 
 
 @dataclass(frozen=True)

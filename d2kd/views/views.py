@@ -10,7 +10,7 @@ all levels.
 
 import contextlib
 from functools import cached_property
-from typing import Callable, Dict, FrozenSet, Iterable, List, Tuple
+from typing import Callable, Dict, FrozenSet, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.structures import Boxes, ImageList, Instances
@@ -78,11 +78,19 @@ class View:
 
     @cached_property
     def predictions(self) -> DensePredictions:
-        """Raw predictions of the dense head (of a two-stage detector: its RPN)."""
-        self._check(Dense())
+        """Raw predictions of the dense head (of a two-stage detector: its RPN); None for those that
+        no method declared."""
+        declared = {name for read in self.reads if isinstance(read, Dense) for name in read.outputs}
+        if not declared:
+            self._check(Dense())
+        outputs = self._dense_outputs()
+        return DensePredictions(
+            **{k: self._crop_levels(outputs[k]) for k in declared if outputs.get(k)}
+        )
+
+    def _dense_outputs(self) -> Dict[str, Optional[List[Tensor]]]:
         head = self.family.dense_head
-        outputs = head.predictions(self._recorder.output(head.module))
-        return DensePredictions(*[levels and self._crop_levels(levels) for levels in outputs])
+        return head.predictions(self._recorder.output(head.module))._asdict()
 
     def tower(self, read: Tower) -> List[Tensor]:
         """Tower features per level, (N, C, h, w)."""
@@ -240,6 +248,14 @@ class TeacherView(View):
         self._precision = precision
         self._statistics: Dict[Tower, List[Statistics]] = {}
         self._proposals: Dict[Proposals, RegionSet] = {}
+        self._branches: Dict[str, List[Tensor]] = {}
+
+    def keep_branches(self, outputs: Dict[str, List[Tensor]]) -> None:
+        """Gives the raw predictions of a head of which some branches alone were run."""
+        self._branches.update(outputs)
+
+    def _dense_outputs(self) -> Dict[str, Optional[List[Tensor]]]:
+        return self._branches or super()._dense_outputs()
 
     def keep_statistics(self, read: Tower, statistics: List[Statistics]) -> None:
         """Gives the statistics of a tower whose maps need not be kept, per level."""

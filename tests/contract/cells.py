@@ -186,7 +186,7 @@ def with_masks(inputs):
 def plain_steps(student: str) -> Tuple[List[Step], str, Tuple[str, ...]]:
     """Plain training of a student: its steps, checksum and names afterwards."""
     model = copy.deepcopy(new_detector(student, 3))
-    steps = run_steps(model)
+    steps = run_steps(model, count=3)
     return steps, checksum(model), tuple(model.state_dict())
 
 
@@ -196,7 +196,7 @@ def counting(model: TeacherStudent):
     calls: Dict[str, int] = {}
     modules = {
         "student backbone": model.student.backbone,
-        "teacher backbone": model.teacher.detector.backbone,
+        "teacher backbone": model.teacher.family.stage_module,
     }
     if model.teacher.family.dense_head is not None:
         modules["teacher dense head"] = model.teacher.family.dense_head.module

@@ -267,3 +267,12 @@ def test_what_compares_classes_is_named(tmp_path, toy_dataset, student, method, 
     cfg = distill_config(tmp_path, student, opts, methods=["PKD", method])
     with pytest.raises(UserError, match=rf"have to be the same for .*{key}.*--finetune-teacher"):
         build_model(saved_teacher(tmp_path, SHAPES[::-1], cfg))
+
+
+def test_objectness_is_no_class(tmp_path, toy_dataset):
+    """FRS compares the scores of two RPNs, which have one class whatever the detectors have."""
+    opts = ["DATASETS.TRAIN", toy_dataset[:1]]
+    count = ["MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    cfg = distill_config(tmp_path, "FasterRCNN", opts, teacher_opts=count, methods=["FRS"])
+    model = build_model(saved_teacher(tmp_path, ("cat", "dog"), cfg))
+    assert model.distillers["FRS"].terms == {"feature", "cls"}

@@ -15,7 +15,7 @@ def test_measuring_statistics_runs_no_teacher(tmp_path, toy_dataset):
 
     def count(trainer):
         model = trainer.bare_model
-        model.teacher.detector.backbone.register_forward_hook(lambda *_: passes.append(1))
+        model.teacher.family.stage_module.register_forward_hook(lambda *_: passes.append(1))
 
     cfg = run_config(tmp_path, "FCOS", toy_dataset, PRECISE, methods=["HGD"])
     trainer = train(cfg, at=0, action=count)

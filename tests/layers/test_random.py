@@ -80,3 +80,18 @@ def test_the_gpu_has_its_own_place_in_the_stream():
     resumed.load_state_dict(stream.state_dict())
     assert torch.equal(draw_there(resumed), draw_there(stream))
     assert torch.equal(draw_there(RandomStream(seed=1)), drawn)
+
+
+def test_a_stream_inside_of_itself_goes_on():
+    """A method may ask for its stream although it runs inside of it."""
+    plain, nested = RandomStream(seed=1), RandomStream(seed=1)
+    torch.manual_seed(7)
+    expected = [(draw(plain), torch.rand(3)) for _ in range(2)]
+    torch.manual_seed(7)
+    found = []
+    for _ in range(2):
+        with nested:
+            drawn = draw(nested)
+        found.append((drawn, torch.rand(3)))
+    for a, b in zip(expected, found):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])

@@ -1,6 +1,7 @@
 """Regions of a dense detector: its own predicted boxes, sampled as a two-stage detector samples
 its proposals, each with the anchor that predicted it. How many there are is known beforehand, so
-that the host waits for nothing but the suppression, once per batch.
+that the host waits for nothing but the suppression, once per batch (torchvision's, which goes
+through images and levels one by one above 25 000 boxes on a GPU).
 
 Shapes: N images, A anchors per location, R anchors of all levels (level, row, column, anchor),
 k candidates of an image, K classes.
@@ -96,13 +97,14 @@ def _candidates(view: StudentView, count: int) -> _Candidates:
 
 
 def _clip(candidates: _Candidates, targets: List[Instances]) -> _Candidates:
-    """Clips boxes to their images, and leaves out those that are empty or not finite."""
-    boxes = [Boxes(b.nan_to_num()) for b in candidates.boxes]
-    for box, target in zip(boxes, targets):
-        box.clip(target.image_size)
+    """Clips boxes to their images, and leaves out those that are empty or not finite. (Detectron2's
+    ``Boxes.clip`` makes the host wait, once per image.)"""
+    limits = torch.tensor([target.image_size[::-1] * 2 for target in targets])  # (N, 4): w, h, w, h
+    limits = limits.to(candidates.boxes.device, non_blocking=True)[:, None]
+    boxes = torch.minimum(candidates.boxes.nan_to_num().clamp(min=0), limits)
     finite = candidates.boxes.isfinite().all(dim=2) & candidates.scores.isfinite()
-    usable = finite & torch.stack([b.nonempty() for b in boxes])
-    return candidates._replace(boxes=torch.stack([b.tensor for b in boxes])).only(usable)
+    usable = finite & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
+    return candidates._replace(boxes=boxes).only(usable)
 
 
 def _suppress(candidates: _Candidates, sampling: DenseSampling) -> _Candidates:

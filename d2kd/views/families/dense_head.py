@@ -8,10 +8,11 @@ BRANCHES = ("cls", "bbox")
 
 
 class DensePredictions(NamedTuple):
-    """Raw predictions of a dense head, one tensor per FPN level, finest first."""
+    """Raw predictions of a dense head, one tensor per FPN level, finest first. A view gives None
+    for what no method reads."""
 
-    logits: List[Tensor]  # (N, A·K, h, w)
-    deltas: List[Tensor]  # (N, A·R, h, w), R numbers per box
+    logits: Optional[List[Tensor]] = None  # (N, A·K, h, w)
+    deltas: Optional[List[Tensor]] = None  # (N, A·R, h, w), R numbers per box
     centerness: Optional[List[Tensor]] = None  # (N, A, h, w)
 
 
@@ -22,11 +23,13 @@ class DenseHead:
         module: the head.
         num_anchors: A, anchors per location.
         num_classes: K; 1 for an RPN.
+        class_agnostic: whether its one class is any object, as an RPN's.
         box_coding: how boxes are coded, for messages.
         has_centerness: whether it predicts a centerness.
     """
 
     has_centerness = False
+    class_agnostic = False
     # The branch whose tower each of DensePredictions comes from, of heads with towers
     branch_of: Dict[str, str] = {}
 

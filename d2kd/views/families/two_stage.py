@@ -31,6 +31,7 @@ class TwoStageFamily(Family):
             num_classes=1,
             box_coding=rpn.box2box_transform,
         )
+        self.dense_head.class_agnostic = True
         # Others, such as the C4 models' RoI heads, have no box head to ask.
         if isinstance(detector.roi_heads, StandardROIHeads):
             self.box_head = BoxHead(detector.roi_heads)
