@@ -3,6 +3,7 @@
 from .anchors import flatten_anchors, flatten_scalars, highest_logits
 from .boxes import centerness_targets, decode_positives, iou_log_loss, paired_iou
 from .distributed import gather_over_gpus, mean_over_gpus
+from .divergence import kl_divergence
 from .focal import distribution_focal_loss, one_hot, quality_focal_loss
 from .frozen import FrozenLayers
 from .masks import object_masks, valid_cells
@@ -25,6 +26,7 @@ __all__ = [
     "flatten_scalars",
     "gather_over_gpus",
     "highest_logits",
+    "kl_divergence",
     "iou_log_loss",
     "mean_over_gpus",
     "object_masks",

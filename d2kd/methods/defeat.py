@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2kd.errors import UserError
-from d2kd.layers import as_float, as_target, object_masks
+from d2kd.layers import as_float, as_target, kl_divergence, object_masks
 from d2kd.layers.masks import ASSIGNMENTS
 from d2kd.methods.core import DISTILLER_REGISTRY, Distiller, conv_adapters, term
 from d2kd.schema import Key
@@ -107,15 +107,10 @@ def decoupled_classification(
     positive = (labels >= 0) & (labels < num_classes)
     temperatures = (object_temperature, background_temperature)
     return tuple(
-        _mean_kl(as_float(student_logits) / t, as_float(teacher_logits.detach()) / t, chosen) * t**2
+        (kl_divergence(student_logits, teacher_logits, t, dim=1) * chosen).sum()
+        / chosen.sum().clamp(min=1)
         for chosen, t in zip((positive, labels == num_classes), temperatures)
     )
-
-
-def _mean_kl(student_logits: Tensor, teacher_logits: Tensor, chosen: Tensor) -> Tensor:
-    log_p, log_q = student_logits.log_softmax(dim=1), teacher_logits.log_softmax(dim=1)
-    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
-    return (kl * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def near_zero_adapters(channels: Sequence[Tuple[int, int]]) -> nn.ModuleList:

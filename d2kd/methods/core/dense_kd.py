@@ -21,6 +21,7 @@ from d2kd.layers import (
     flatten_scalars,
     highest_logits,
     iou_log_loss,
+    kl_divergence,
     paired_iou,
 )
 from d2kd.schema import Key
@@ -117,10 +118,7 @@ def localization_kd(
     Returns:
         T² · Σ q (log q - log p), the shape without ``dim``.
     """
-    log_p = (as_float(logits) / temperature).log_softmax(dim)
-    log_q = (as_target(teacher_logits, logits) / temperature).log_softmax(dim)
-    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True)
-    return kl.sum(dim) * temperature**2
+    return kl_divergence(logits, teacher_logits, temperature, dim)
 
 
 def _of_anchors(levels: Sequence[Tensor]) -> Tensor:

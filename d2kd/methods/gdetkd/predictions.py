@@ -4,9 +4,8 @@ Shapes: R regions, K classes.
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from d2kd.layers import as_float
+from d2kd.layers import as_float, kl_divergence
 
 
 def class_aware_localization(
@@ -37,7 +36,5 @@ def classification_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Returns:
         a scalar; 0 without regions.
     """
-    log_p = as_float(student_logits).log_softmax(dim=1)
-    log_q = as_float(teacher_logits.detach()).log_softmax(dim=1)
-    kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
-    return kl / max(len(log_p), 1)
+    kl = kl_divergence(student_logits, teacher_logits, dim=1)
+    return kl.sum() / max(len(kl), 1)
