@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2kd.engine import DistillTrainer
-from d2kd.engine.averaging import AverageHook
+from d2kd.engine.averaging import EMAHook
 from d2kd.evidence.profile import peak_memory
 
 _MEASURED = 3  # steps, behind a first one, in which processes and caches start
@@ -92,7 +92,7 @@ def _standing_memory(trainer: DistillTrainer) -> float:
         return torch.cuda.memory_allocated() / _MiB
     model = trainer.bare_model
     teacher = getattr(model, "teacher", None)
-    averages = [hook.average for hook in trainer._hooks if isinstance(hook, AverageHook)]
+    averages = [hook.average for hook in trainer._hooks if isinstance(hook, EMAHook)]
     modules = [model, *([teacher.detector] if teacher else []), *averages]
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]

@@ -102,7 +102,7 @@ class StudentCheckpointer(SafeCheckpointer):
         with self.path_manager.open(os.path.join(self.save_dir, BEST_WEIGHTS), "wb") as f:
             torch.save({**content, _BEST: best._asdict()}, f)
 
-    def save_average(self, average: nn.Module, iteration: int) -> None:
+    def save_ema(self, average: nn.Module, iteration: int) -> None:
         """Writes the moving average of the student, as a student.
 
         Args:

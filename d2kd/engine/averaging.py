@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 EMA = "ema"
 
 
-class AverageHook(HookBase):
+class EMAHook(HookBase):
     """Lets an average follow the student: average = decay · average + (1 - decay) · student after
     every step, of parameters and of buffers that are floating-point numbers; others are copied.
     Steps that mixed precision skips, because a gradient is not finite, do not count.
@@ -73,7 +73,7 @@ class AverageHook(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:  # it failed, or was stopped
             return
-        self._checkpointer.save_average(self.average, self.trainer.max_iter - 1)
+        self._checkpointer.save_ema(self.average, self.trainer.max_iter - 1)
         logger.info(f"Evaluating the student's moving average, {EMA_WEIGHTS}")
         results = flatten_results_dict(self.trainer.test(self.trainer.cfg, self.average))
         metrics = {f"{EMA}/{name}": float(value) for name, value in results.items()}

@@ -20,7 +20,7 @@ _GLOO = ("gloo", "pair closure", "closed by peer", "reset by peer")
 
 
 @contextlib.contextmanager
-def told(output_dir: str) -> Iterator[None]:
+def as_user_error(output_dir: str) -> Iterator[None]:
     """Turns what befalls a run from outside into a :class:`UserError`.
 
     Args:

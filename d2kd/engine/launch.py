@@ -37,11 +37,11 @@ from .logs import set_up_logs
 from .preflight import refuse_not_evaluated, refuse_processes, refuse_unusable
 from .processes import (
     Place,
-    hand_out,
-    handed_out,
     is_first_to_tell,
     join,
     place_by_torchrun,
+    publish_run,
+    receive_run,
     start_processes,
     store_of_torchrun,
 )
@@ -244,13 +244,14 @@ def _start_by_torchrun(
     if place.rank == 0:
         if _processes(args) > 1:
             raise UserError(
-                f"torchrun has started {place.size} processes already: leave out --num-gpus, "
+                f"torchrun has started {place.world_size} processes already: leave out --num-gpus, "
                 "--num-machines and --machine-rank"
             )
-        args.num_gpus, args.num_machines = place.local_size, place.size // place.local_size
+        args.num_gpus = place.local_world_size
+        args.num_machines = place.world_size // place.local_world_size
         prepare(args)
-        hand_out(store, args, _set_up_and_hold(args))
-    _run_among(place, store, *handed_out(store))
+        publish_run(store, args, _set_up_and_hold(args))
+    _run_among(place, store, *receive_run(store))
 
 
 def _status(error: Exception, received: List[int]) -> int:

@@ -30,9 +30,9 @@ class Place(NamedTuple):
     """Where a process stands among those of its run, which are counted machine by machine."""
 
     rank: int
-    size: int  # processes of the run
+    world_size: int  # processes of the run
     local_rank: int
-    local_size: int  # processes of each machine
+    local_world_size: int  # processes of each machine
 
 
 Work = Callable[[Place, dist.Store, argparse.Namespace, CfgNode], None]
@@ -53,10 +53,10 @@ def place_by_torchrun(environment: Mapping[str, str]) -> Optional[Place]:
             "missing there: start d2kd with torchrun, which sets them all, or unset RANK"
         )
     place = Place(*(int(environment[name]) for name in _PLACE))
-    if place.size % place.local_size:
+    if place.world_size % place.local_world_size:
         raise UserError(
-            f"torchrun has started {place.size} processes, {place.local_size} of them on this "
-            "machine: give every machine the same --nproc_per_node"
+            f"torchrun has started {place.world_size} processes, {place.local_world_size} of them "
+            "on this machine: give every machine the same --nproc_per_node"
         )
     return place
 
@@ -68,13 +68,13 @@ def store_of_torchrun() -> dist.Store:
     return dist.PrefixStore(f"d2kd/{attempt}", store)
 
 
-def hand_out(store: dist.Store, args: argparse.Namespace, cfg: CfgNode) -> None:
+def publish_run(store: dist.Store, args: argparse.Namespace, cfg: CfgNode) -> None:
     """Gives all processes the run that process 0 has set up."""
     store.set(_RUN, pickle.dumps((args, cfg)))
 
 
-def handed_out(store: dist.Store) -> Tuple[argparse.Namespace, CfgNode]:
-    """Waits for :func:`hand_out`."""
+def receive_run(store: dist.Store) -> Tuple[argparse.Namespace, CfgNode]:
+    """Waits for :func:`publish_run`."""
     return pickle.loads(store.get(_RUN))
 
 
@@ -147,15 +147,15 @@ def join(place: Place, store: dist.Store, cfg: CfgNode) -> None:
     if _on_gpus(cfg):
         torch.cuda.set_device(place.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads() // place.local_size, 1))
+        torch.set_num_threads(max(torch.get_num_threads() // place.local_world_size, 1))
     dist.init_process_group(
         "nccl" if _on_gpus(cfg) else "gloo",
         store=store,
         rank=place.rank,
-        world_size=place.size,
+        world_size=place.world_size,
         timeout=_timeout(cfg),
     )
-    _make_local_group(place.local_size)
+    _make_local_group(place.local_world_size)
     comm.synchronize()
 
 
@@ -174,14 +174,14 @@ def is_first_to_tell(store: dist.Store) -> bool:
         return True
 
 
-def shared(model: nn.Module, cfg: CfgNode) -> nn.Module:
+def wrap_ddp(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """The model as all processes of a run train it together, wrapped if there are several."""
     # Detectron2 names the GPU of this process unless it is told another; a CPU is none.
     options = {} if _on_gpus(cfg) else {"device_ids": None}
     return create_ddp_model(model, broadcast_buffers=False, **options)
 
 
-def share_statistics(model: nn.Module) -> None:
+def broadcast_statistics(model: nn.Module) -> None:
     """Gives all processes the running statistics of process 0, which are those that are saved.
     Each has its own from its share of the batches; in training nothing reads them."""
     if comm.get_world_size() > 1:

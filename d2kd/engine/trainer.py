@@ -38,14 +38,14 @@ from d2kd.views import build_family
 
 from . import lazy_parts
 from .accumulation import accumulated_step
-from .averaging import AverageHook
+from .averaging import EMAHook
 from .coco_evaluation import coco_evaluator
-from .failures import keep_quiet_of_user_errors, told
+from .failures import as_user_error, keep_quiet_of_user_errors
 from .finite import FiniteLosses
 from .hooks import BestHook, CostHook, PreciseBN, ScheduleHook
 from .metrics import METRICS, forget_lines, has_lines_from, restore_metrics
 from .optimizer import build_lr_scheduler, build_optimizer, hyperparameters_kept
-from .processes import share_statistics, shared
+from .processes import broadcast_statistics, wrap_ddp
 from .progress import ProgressPrinter
 from .results import evaluated
 from .run_state import RunState
@@ -96,7 +96,7 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         step_trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step_trainer(shared(model, cfg), loader, optimizer)
+        self._trainer = step_trainer(wrap_ddp(model, cfg), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         if is_lazy(cfg):
             lazy_parts.set_up_training(cfg, self.model)
@@ -180,7 +180,7 @@ class DistillTrainer(DefaultTrainer):
         decay = self.cfg.SOLVER.EMA_DECAY
         if not decay:
             return []
-        return [AverageHook(self.student, decay, self._trainer.optimizer, self.checkpointer)]
+        return [EMAHook(self.student, decay, self._trainer.optimizer, self.checkpointer)]
 
     def _best_hook(self) -> List[HookBase]:
         """None where there is one evaluation only, and so nothing to choose from."""
@@ -293,7 +293,7 @@ class DistillTrainer(DefaultTrainer):
 
     def _in_one_line(self, action: Callable[[], Any]) -> None:
         try:
-            with told(self.cfg.OUTPUT_DIR):
+            with as_user_error(self.cfg.OUTPUT_DIR):
                 action()
         except EvaluationStopped:
             self.stop(SIGNALS_OF_PROCESS.received)
@@ -303,7 +303,7 @@ class DistillTrainer(DefaultTrainer):
 
     def after_train(self) -> None:
         try:
-            with told(self.cfg.OUTPUT_DIR):
+            with as_user_error(self.cfg.OUTPUT_DIR):
                 super().after_train()
         except UserError:
             if not self._failed:  # else it has been said what befell the run
@@ -383,7 +383,7 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
-        share_statistics(model)
+        broadcast_statistics(model)
         # Evaluation in the middle of training leaves the random numbers of training alone.
         with preserve_rng_state():
             if evaluators is None:

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from toys import batch, config
 
-from d2kd.engine.processes import join, shared, start_processes
+from d2kd.engine.processes import join, start_processes, wrap_ddp
 
 from .cells import DENSE, all_cells, build_cell, find_cell
 
@@ -93,7 +93,7 @@ def change_by_steps(student, method, inputs, cfg):
     model = new_model(find_cell(method, student))
     # Scores of one half: GFL divides by a sum of scores, by 1 at least in every process
     nn.init.zeros_(model.student.head.cls_score.bias)
-    model = shared(model, cfg)
+    model = wrap_ddp(model, cfg)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     before = weights(model)
     for _ in range(2):
@@ -110,7 +110,7 @@ def work(place, store, args, cfg):
     for cell in cells():
         for term, value in gradients_of_terms(cell, inputs)[0].items():
             dist.all_reduce(value)
-            means[str(cell), term] = value / place.size
+            means[str(cell), term] = value / place.world_size
     steps = {s: change_by_steps(s, m, inputs, cfg) for s, m in WHOLE_STEPS}
     torch.save((means, steps), f"{args.folder}/{place.rank}.pth")
 

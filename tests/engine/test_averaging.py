@@ -10,7 +10,7 @@ from toys import config, detector
 from d2kd.checkpoint import class_names_in, write_student_yaml
 from d2kd.cli.main import main
 from d2kd.engine import DistillTrainer
-from d2kd.engine.averaging import AverageHook
+from d2kd.engine.averaging import EMAHook
 from d2kd.engine.run_config import write_run_config
 from d2kd.errors import UserError
 
@@ -120,14 +120,14 @@ def test_a_run_that_was_killed_before_it_writes_it_at_last(tmp_path, toy_dataset
 
     cfg = run_config(tmp_path, "FCOS", toy_dataset, AVERAGED)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("d2kd.checkpoint.StudentCheckpointer.save_average", killed)
+        patch.setattr("d2kd.checkpoint.StudentCheckpointer.save_ema", killed)
         train(cfg)
     assert os.path.exists(f"{cfg.OUTPUT_DIR}/model_final.pth") and not os.path.exists(path_of(cfg))
     trainer = train(cfg, resume=True)
     assert trainer.start_iter == 6 and trainer.iter == 6
     assert "ema/bbox/AP" in metrics(cfg)[-1]
     last = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
-    average = last["trainer"]["hooks"]["AverageHook"]
+    average = last["trainer"]["hooks"]["EMAHook"]
     assert all(torch.equal(average[k], v) for k, v in ema(cfg)["model"].items())
 
 
@@ -135,7 +135,7 @@ def test_a_step_that_mixed_precision_skips_does_not_count():
     student = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu")
-    hook = AverageHook(student, DECAY, optimizer, checkpointer=None)
+    hook = EMAHook(student, DECAY, optimizer, checkpointer=None)
     hook.before_train()
     with torch.no_grad():
         student.bias += 4.0
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_file(made, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="model_ema.pth cannot be written: No space left"):
-        trainer.checkpointer.save_average(trainer.student, 5)
+        trainer.checkpointer.save_ema(trainer.student, 5)
     monkeypatch.undo()
     with open(path_of(cfg), "rb") as f:
         assert f.read() == before
@@ -182,7 +182,7 @@ def test_without_it_there_is_none(tmp_path, toy_dataset):
     train(cfg)
     assert not os.path.exists(path_of(cfg))
     state = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
-    assert "AverageHook" not in state["trainer"].get("hooks", {})
+    assert "EMAHook" not in state["trainer"].get("hooks", {})
     assert not any(name.startswith("ema/") for line in metrics(cfg) for name in line)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.utils import comm
 
-from d2kd.engine.failures import told
+from d2kd.engine.failures import as_user_error
 from d2kd.errors import UserError
 
 # What gloo said of a process that was stopped, in one of 26 cases without its own name
@@ -19,13 +19,13 @@ GLOO = [
 @pytest.mark.parametrize("text", GLOO)
 def test_a_process_that_does_not_answer(monkeypatch, text):
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match="does not answer .*add --resume"), told("run"):
+    with pytest.raises(UserError, match="does not answer .*add --resume"), as_user_error("run"):
         raise RuntimeError(text)
 
 
 @pytest.mark.parametrize("text", GLOO)
 def test_one_process_waits_for_none(text):
-    with pytest.raises(RuntimeError, match=text[-10:]) as error, told("run"):
+    with pytest.raises(RuntimeError, match=text[-10:]) as error, as_user_error("run"):
         raise RuntimeError(text)
     assert not isinstance(error.value, UserError)
 
@@ -39,10 +39,10 @@ def test_one_process_waits_for_none(text):
     ],
 )
 def test_what_the_machine_lacks(error, words):
-    with pytest.raises(UserError, match=words), told("run"):
+    with pytest.raises(UserError, match=words), as_user_error("run"):
         raise error
 
 
 def test_an_error_of_the_code_stays_one():
-    with pytest.raises(RuntimeError, match="shapes"), told("run"):
+    with pytest.raises(RuntimeError, match="shapes"), as_user_error("run"):
         raise RuntimeError("shapes do not fit")

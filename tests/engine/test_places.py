@@ -50,7 +50,9 @@ def error_of(capsys, *words):
 
 
 def test_the_place_that_torchrun_gives():
-    assert place_by_torchrun(environment()) == Place(rank=3, size=4, local_rank=1, local_size=2)
+    assert place_by_torchrun(environment()) == Place(
+        3, world_size=4, local_rank=1, local_world_size=2
+    )
     assert place_by_torchrun({}) is None
     assert place_by_torchrun(environment(0, 1, 0, 1)) is None
     assert place_by_torchrun({"WORLD_SIZE": "2"}) is None  # some clusters set it for other ends
