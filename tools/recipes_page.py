@@ -28,6 +28,8 @@ Every recipe that comes with d2kd: which row of which table it is, what teaches,
 has to be compared with, and what the paper reports. AP, gains, and the AP of teachers and baselines
 are other people's: box AP on COCO val2017, AP50 on VOC 2007.{nothing}
 
+Start with a row that its authors report without a doubt about its settings: {sure}.
+
 - **Teacher**: its config, and its published AP; in brackets what the source of the row says, where
   that differs. Weights are *MMDetection's* or those of *Detectron2's* model zoo, downloaded at the
   start, or the teacher is *trained* first. Where "teacher trained first" stands, that recipe trains
@@ -64,7 +66,7 @@ d2kd train --num-gpus 2 --config-file {example} \\
 ```
 
 The rows of an ablation are one file; `d2kd compare FILE --commands` prints the command
-of each.
+of each, to which `--num-gpus 8` is added.
 
 Below, one row of each method, in order. Training ends with an evaluation. The folder of a run is
 `output/<its name>`; an interrupted one goes on with `--resume`.
@@ -266,6 +268,15 @@ def embedded() -> str:
     return EMBEDDED + "\n" + markdown(("recipe", "teacher", "baseline"), rows)
 
 
+def sure_rows(data: Dict) -> List[str]:
+    """The recipes whose AP is the authors' own, and whose settings are certain."""
+    return [
+        name
+        for name, entry in data["recipes"].items()
+        if entry.get("source") == "authors" and entry.get("ap") and not entry.get("doubt")
+    ]
+
+
 def page(data: Dict) -> str:
     """The whole page."""
     check(data)
@@ -276,6 +287,7 @@ def page(data: Dict) -> str:
     example = f"{data['methods']['frs']['commands']}.yaml"
     sections = [
         INTRODUCTION.format(
+            sure=", ".join(link(f"{name}.yaml", name) for name in sure_rows(data)),
             nothing="" if run else NOTHING_RUN, unmeasured="" if measured else NOTHING_MEASURED
         ).strip(),
         *(method_section(data, folder) for folder in data["methods"]),
