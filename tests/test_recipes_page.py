@@ -93,11 +93,11 @@ def test_every_link_leads_somewhere():
 
 
 def test_commands_are_of_configs_that_are_there():
-    lines = [line for line in PAGE.splitlines() if line.startswith("python train_net.py")]
+    lines = [line for line in PAGE.splitlines() if line.startswith("d2kd train")]
     assert len(lines) >= 2 * len(DATA["methods"])
     for line in lines:
         path = re.search(r"--config-file (\S+\.yaml)", line)[1]
-        cfg = read(path)
+        cfg = read(f"configs/{path}")
         assert cfg.MODEL.WEIGHTS or "--eval-only" not in line
     assert {os.path.dirname(m["commands"]) for m in DATA["methods"].values()} == set(
         DATA["methods"]
