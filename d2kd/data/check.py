@@ -145,9 +145,9 @@ def check_evaluation(cfg, kinds: Optional[Collection[str]], training: bool = Tru
         if not any("annotations" in d for d in dicts):
             logger.warning(f"{name} has no annotations: its evaluation saves detections only")
         _check_inside(dicts, [name], "DATASETS.TEST")
-        _check_quickly(dicts, [name], "DATASETS.TEST")
         if training:
             _check_same_classes(cfg.DATASETS.TRAIN[0], name)
+        _check_quickly(dicts, [name], "DATASETS.TEST")
 
 
 def _check_same_classes(train: str, test: str) -> None:

@@ -76,7 +76,9 @@ def test_a_folder_that_cannot_be_written(command, tmp_path):
 
 def test_evaluations_that_cannot_start(command, registered):
     image = {"id": 1, "file_name": "none.png", "width": 9, "height": 9}
-    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    names = MetadataCatalog.get("toy_train").thing_classes
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+    content = {"images": [image], "annotations": [], "categories": categories}
     for name, json_of_set, words in (
         ("start_missing", None, "start_missing.json does not exist"),
         ("start_torn", json.dumps(content)[:-9], "start_torn.json: is not valid JSON"),
