@@ -288,7 +288,8 @@ def page(data: Dict) -> str:
     sections = [
         INTRODUCTION.format(
             sure=", ".join(link(f"{name}.yaml", name) for name in sure_rows(data)),
-            nothing="" if run else NOTHING_RUN, unmeasured="" if measured else NOTHING_MEASURED
+            nothing="" if run else NOTHING_RUN,
+            unmeasured="" if measured else NOTHING_MEASURED,
         ).strip(),
         *(method_section(data, folder) for folder in data["methods"]),
         BEFORE.format(example=example).strip(),
