@@ -5,10 +5,10 @@ python tools/results_page.py
 python tools/results_page.py --check
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, its runs in
-docs/results/NAME.json: the ``cells.json`` of a ``d2kd compare``. ``<!-- equal time: DETECTOR -->``
-sets the rows of methods_DETECTOR.json beside the plain student of longer_DETECTOR.json that trained
-for as long, by the costs of a step in step_costs.json. With ``--check`` nothing is
-written; the exit status tells whether the page is up to date.
+docs/results/NAME.json: the ``cells.json`` of a ``d2kd compare``. ``<!-- equal time: DETECTOR,
+NAME -->`` sets the rows of NAME.json beside the plain student of longer_DETECTOR.json that trained
+for as long, by the costs of a step in step_costs.json. With ``--check`` nothing is written; the
+exit status tells whether the page is up to date.
 """
 
 import argparse
@@ -31,7 +31,9 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs/results.md", ROOT / "docs/results"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->\n)", flags=re.DOTALL)
-EQUAL_TIME = re.compile(r"(<!-- equal time: (\w+) -->\n).*?(<!-- end -->\n)", flags=re.DOTALL)
+EQUAL_TIME = re.compile(
+    r"(<!-- equal time: (\w+), (\w+) -->\n).*?(<!-- end -->\n)", flags=re.DOTALL
+)
 LONGER = re.compile(r"([\d.]+) times as long")
 AFTER = re.compile(r"(.+), teacher after (\d+)")
 
@@ -39,7 +41,7 @@ AFTER = re.compile(r"(.+), teacher after (\d+)")
 def page(text: str) -> str:
     """The page with its tables made anew."""
     text = TABLE.sub(lambda m: f"{m[1]}{section(m[2])}{m[3]}", text)
-    return EQUAL_TIME.sub(lambda m: f"{m[1]}{equal_time(m[2])}{m[3]}", text)
+    return EQUAL_TIME.sub(lambda m: f"{m[1]}{equal_time(m[2], m[3])}{m[4]}", text)
 
 
 def section(name: str) -> str:
@@ -69,20 +71,21 @@ def origin(name: str, cells: List[Cell]) -> str:
     )
 
 
-def equal_time(detector: str) -> str:
+def equal_time(detector: str, name: str) -> str:
     """A table of the methods that were trained with all seeds of the longer trainings, beside the
     plain student that is trained for the time that they take.
 
     Args:
-        detector: whose methods, longer trainings and costs of a step are read.
+        detector: whose longer trainings and costs of a step are read.
+        name: of the experiment with the methods.
 
     Raises:
         ValueError: if the two kinds of runs come from several commits or machines.
     """
     methods, longer = (
-        read_cells(str(RESULTS / f"{kind}_{detector}.json")) for kind in ("methods", "longer")
+        read_cells(str(RESULTS / f"{file}.json")) for file in (name, f"longer_{detector}")
     )
-    origin(detector, methods + longer)
+    origin(name, methods + longer)
     plain = plain_over_time(longer)
     costs = json.loads((RESULTS / "step_costs.json").read_text())[detector]
     body = []

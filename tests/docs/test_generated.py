@@ -116,7 +116,7 @@ def test_methods_beside_a_plain_student_that_trains_for_as_long(monkeypatch, tmp
         cells += [cell("FRS, share 0.5", 0, 1.0)] * (name == "methods")  # not with all seeds
         write_cells(cells, str(tmp_path / f"{name}_x.json"))
     (tmp_path / "step_costs.json").write_text('{"x": {"FRS": 1.25, "HGD": 2.5}}')
-    page = results_page.page("<!-- equal time: x -->\nold\n<!-- end -->\n")
+    page = results_page.page("<!-- equal time: x, methods_x -->\nold\n<!-- end -->\n")
     rows = [[word.strip() for word in line.split("|")[1:-1]] for line in page.splitlines()[3:-1]]
     assert rows == [
         ["FRS, published", "1.25", "25.0 ± 2.8", "16.0 ± 1.4", "+9.0 ± 1.4"],
