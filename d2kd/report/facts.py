@@ -13,6 +13,7 @@ from d2kd.engine.metrics import read_metrics
 from d2kd.engine.progress import split_time
 from d2kd.engine.results import PER_CLASS, best_of, history_of
 from d2kd.engine.runs import TrainedRun
+from d2kd.engine.scaling import scale_to_processes
 from d2kd.engine.versions import recorded_versions
 
 # What is timed of a step, as it is called in the metrics
@@ -50,7 +51,9 @@ class RunFacts:
 
     def history(self, metric: str) -> List[Tuple[int, float]]:
         """(steps done, value) of every evaluation."""
-        return history_of(metric, self.lines, self.cfg.SOLVER.MAX_ITER)
+        processes = next((start["processes"] for start in self.starts if "processes" in start), 1)
+        scaled = scale_to_processes(self.cfg, processes)
+        return history_of(metric, self.lines, scaled.SOLVER.MAX_ITER)
 
     def last(self, metric: str) -> Optional[float]:
         """The value of the last evaluation, if there was one."""

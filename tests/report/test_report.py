@@ -96,6 +96,14 @@ def test_facts_of_a_run(distilled, plain):
     assert run.name != base.name
 
 
+def test_evaluations_of_a_run_that_was_scaled_to_fewer_processes(distilled):
+    """It took twice as many iterations as its config says."""
+    [run] = facts_of([distilled], None)
+    solver = run.cfg.SOLVER
+    solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH, solver.MAX_ITER = 2, 2, 10
+    assert [steps for steps, _ in run.history("bbox/AP")] == [10, 20]
+
+
 def test_an_older_page_is_replaced_and_another_file_is_not(
     page, distilled, plain, tmp_path, capsys
 ):
