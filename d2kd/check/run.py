@@ -204,12 +204,12 @@ def _evaluation(cfg: CfgNode) -> List[str]:
     check_evaluation(cfg, evaluator_kinds(cfg))
     lines = []
     for name in cfg.DATASETS.TEST:
-        ap = ap_of_annotations(cfg, name)
+        ap, most = ap_of_annotations(cfg, name), _most_objects(name)
         if ap is None:
             lines.append(f"{name}: nothing to evaluate against")
-        elif not ap >= _PERFECT and _most_objects(name) > _COCO_DETECTIONS:
+        elif not ap >= _PERFECT and most > _COCO_DETECTIONS:
             logger.warning(
-                f"{name}: an image has {_most_objects(name)} objects, and COCO's AP counts "
+                f"{name}: an image has {most} objects, and COCO's AP counts "
                 f"{_COCO_DETECTIONS} detections of an image: no detector can exceed {ap:.1f}"
             )
         elif not ap >= _PERFECT:
@@ -224,7 +224,7 @@ def _evaluation(cfg: CfgNode) -> List[str]:
 
 def _most_objects(name: str) -> int:
     """Of one image of a data set."""
-    return max(len(d.get("annotations", ())) for d in DatasetCatalog.get(name))
+    return max((len(d.get("annotations", ())) for d in DatasetCatalog.get(name)), default=0)
 
 
 def _steps(cfg: CfgNode) -> List[str]:
