@@ -60,9 +60,11 @@ def test_costs_are_those_of_the_page():
 
 
 def test_results_are_those_of_the_runs():
-    page = results_page.PAGE.read_text()
-    assert results_page.page(page) == page, "run the tool"
-    named = {name for _, name, _ in results_page.TABLE.findall(page)}
+    named = set()
+    for path in results_page.PAGES:
+        page = path.read_text()
+        assert results_page.page(page, path.parent) == page, "run the tool"
+        named |= {name for _, name, _ in results_page.TABLE.findall(page)}
     assert named == {p.stem for p in results_page.RESULTS.glob("*.json")} - {
         "teachers",
         "step_costs",
@@ -79,9 +81,9 @@ def test_a_table_names_where_its_runs_come_from(monkeypatch, tmp_path):
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
     cells = [cell("plain", 1, 10.0), cell("taught", 1, 12.0), cell("plain", 2, 11.0)]
     write_cells(cells, str(tmp_path / "mine.json"))
-    page = results_page.page("before\n<!-- table: mine -->\nold\n<!-- end -->\nafter\n")
+    page = results_page.page("before\n<!-- table: mine -->\nold\n<!-- end -->\nafter\n", tmp_path)
     assert page.startswith("before\n<!-- table: mine -->\n|") and page.endswith("-->\nafter\n")
-    assert "old" not in page and "+2.0" in page and results_page.page(page) == page
+    assert "old" not in page and "+2.0" in page and results_page.page(page, tmp_path) == page
     assert "Seeds 1, 2; commit 0123456, A, 1 thread" in page
 
 
@@ -90,7 +92,7 @@ def test_rows_of_two_commits_are_not_compared(monkeypatch, tmp_path):
     cells = [cell("plain", 1, 10.0), cell("taught", 1, 12.0, commit="76543210")]
     write_cells(cells, str(tmp_path / "mine.json"))
     with pytest.raises(ValueError, match="mine: its runs are of several commits"):
-        results_page.section("mine")
+        results_page.section("mine", tmp_path)
 
 
 def test_students_are_drawn_over_their_teachers():
@@ -101,6 +103,11 @@ def test_students_are_drawn_over_their_teachers():
     }
     curves = results_page.curves(rows, {"10": 30.0, "20": 50.0})
     assert curves == {"CrossKD": [(30.0, 6.0, 0.0), (50.0, 9.0, pytest.approx(2**0.5))]}
+
+
+def entries(page):
+    """What stands in the rows of the only table of a page."""
+    return [[word.strip() for word in line.split("|")[1:-1]] for line in page.splitlines()[3:-1]]
 
 
 def test_methods_beside_a_plain_student_that_trains_for_as_long(monkeypatch, tmp_path):
@@ -116,9 +123,8 @@ def test_methods_beside_a_plain_student_that_trains_for_as_long(monkeypatch, tmp
         cells += [cell("FRS, share 0.5", 0, 1.0)] * (name == "methods")  # not with all seeds
         write_cells(cells, str(tmp_path / f"{name}_x.json"))
     (tmp_path / "step_costs.json").write_text('{"x": {"FRS": 1.25, "HGD": 2.5}}')
-    page = results_page.page("<!-- equal time: x, methods_x -->\nold\n<!-- end -->\n")
-    rows = [[word.strip() for word in line.split("|")[1:-1]] for line in page.splitlines()[3:-1]]
-    assert rows == [
+    page = results_page.page("<!-- equal time: x, methods_x -->\nold\n<!-- end -->\n", tmp_path)
+    assert entries(page) == [
         ["FRS, published", "1.25", "25.0 ± 2.8", "16.0 ± 1.4", "+9.0 ± 1.4"],
         [
             "HGD, default",
@@ -128,4 +134,21 @@ def test_methods_beside_a_plain_student_that_trains_for_as_long(monkeypatch, tmp
             "< +6.0 ± 0.0",
         ],  # 2 times is the longest that was tried
     ]
-    assert results_page.page(page) == page
+    assert results_page.page(page, tmp_path) == page
+
+
+def test_matrix_takes_the_rows_on_equal_terms(monkeypatch, tmp_path):
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    first = [("plain", 10.0), ("2 times as long", 20.0), ("FRS, published", 11.0)]
+    first += [("FRS, share 8", 12.0), ("PKD, share 8", 13.0)]
+    later = [("plain", 10.0), ("FRS, P3 to P7", 15.0), ("FRS, P3 to P5", 14.0)]
+    for name, rows in (("first", first), ("later", later), ("longer_x", first[:2])):
+        write_cells([cell(label, 1, ap) for label, ap in rows], str(tmp_path / f"{name}.json"))
+    (tmp_path / "step_costs.json").write_text('{"x": {"FRS": 1.5, "MGD": 2.0}}')
+    monkeypatch.setattr(results_page, "METHODS", ("FRS", "PKD", "MGD"))
+    monkeypatch.setattr(results_page, "DETECTORS", {"X": ("x", ("first", "later"))})
+    page = "<!-- matrix: {} -->\nold\n<!-- end -->\n"
+    gains = results_page.page(page.format("gains"), tmp_path)
+    assert entries(gains) == [["X", "10.0", "+4.0", "+3.0", ""]]
+    at_equal_time = results_page.page(page.format("equal time"), tmp_path)
+    assert entries(at_equal_time) == [["X", "10.0", "-1.0", "", ""]]  # costs of PKD are not known
