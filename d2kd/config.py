@@ -30,6 +30,7 @@ from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS
 from d2kd.safe_yaml import read_value, read_yaml
 from d2kd.schema import (
+    TYPES,
     Key,
     check_node,
     check_values,
@@ -320,7 +321,7 @@ def _in_one_line(cfg: CfgNode, source: str) -> Iterator[None]:
     except (RecursionError, MemoryError) as e:  # of Python's own parser
         raise UserError(f"{source}: a value is nested too deeply") from e
     except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as e:
-        raise UserError(f"{source}: {' '.join(str(e).split())}") from e
+        raise UserError(f"{source}: {_wrong_type(str(e))}") from e
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
@@ -332,6 +333,20 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     merged.merge_from_other_cfg(loaded)
     if merged is not cfg:
         cfg.update(upgrade_config(merged))
+
+
+def _wrong_type(message: str) -> str:
+    """What yacs says of a value of another type than its key has."""
+    kinds = r"\(<class '(?:\w+\.)*(\w+)'> vs\. <class '(?:\w+\.)*(\w+)'>\)"
+    values = r"with values \(.* vs\. (.*)\) for .* (\S+)$"
+    match = re.search(rf"Type mismatch {kinds} {values}", message, re.DOTALL)
+    if not match:
+        return " ".join(message.split())
+    wanted, _, value, key = match.groups()
+    wanted = {"tuple": "list", "CfgNode": "node of keys"}.get(wanted, wanted)
+    example = f', such as "[{value}]"' if wanted == "list" else ""
+    kind = next((words for kind, words in TYPES.items() if kind.__name__ == wanted), f"a {wanted}")
+    return f"{key} is '{value:.60}': give {kind}{example}"
 
 
 def _wrong_key(cfg: CfgNode, message: str) -> str:

@@ -1,9 +1,12 @@
 """Where configs and weights are found: the shipped recipes, the shipped weights, and Detectron2's
 model zoo."""
 
+import difflib
 import glob
+import itertools
 import os
 import re
+from pathlib import Path
 from typing import List, Optional
 
 import detectron2
@@ -40,10 +43,18 @@ def resolve_config(name: str, key: str) -> str:
         path = named if os.path.isfile(named) else find_config(named)
         if path:
             return path
+    close = difflib.get_close_matches(name.removesuffix(".yaml"), _recipe_names(), n=1)
+    meant = f"; did you mean '{close[0]}'?" if close else ""
     raise UserError(
         f"{key} is '{name}': no such file, neither here, nor among d2kd's configs "
-        f"({CONFIG_DIRS[-1]}), nor in Detectron2's model zoo ({ZOO_DIRS[0]})"
+        f"({CONFIG_DIRS[-1]}), nor in Detectron2's model zoo ({ZOO_DIRS[0]}){meant}"
     )
+
+
+def _recipe_names() -> List[str]:
+    """Of all configs that are named without their folder's path, without their ending."""
+    found = (Path(folder).rglob("*.yaml") for folder in (*CONFIG_DIRS, *ZOO_DIRS))
+    return [config_name(str(path)).removesuffix(".yaml") for path in itertools.chain(*found)]
 
 
 def find_config(name: str) -> Optional[str]:

@@ -55,5 +55,23 @@ def test_whole_numbers_are_numbers(tmp_path):
 
 @pytest.mark.parametrize("value", ["True", "one", "[1]"])
 def test_other_values_are_no_numbers(value):
-    with pytest.raises(UserError, match="Type mismatch"):
+    with pytest.raises(UserError, match=r"DISTILL.FRS.CLS.WEIGHT is '.+': give a number"):
         read_config(STUDENTS["FCOS"], ["DISTILL.FRS.CLS.WEIGHT", value])
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("DISTILL.METHODS", "PKD", r'give a list, such as "\[PKD\]"'),
+        ("SOLVER.MAX_ITER", "many", "give a whole number"),
+        ("MODEL.MASK_ON", "2", "give True or False"),
+    ],
+)
+def test_values_of_another_type(tmp_path, key, value, words):
+    with pytest.raises(UserError, match=f"command line: {key} is '{value}': {words}$"):
+        read_config(STUDENTS["FCOS"], [key, value])
+    *nodes, name = key.split(".")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"_BASE_: {STUDENTS['FCOS']}\n{nodes[0]}: {{{name}: {value}}}\n")
+    with pytest.raises(UserError, match=f"run.yaml: {key} is '{value}': {words}$"):
+        read_config(str(path))

@@ -37,3 +37,5 @@ def test_the_ending_of_a_name_may_be_left_out(tmp_path, monkeypatch):
     assert resolve_config("mine", "config") == "mine.yaml"
     with pytest.raises(UserError, match="config is 'mines': no such file"):
         resolve_config("mines", "config")
+    with pytest.raises(UserError, match="did you mean 'shapes/frs/fcos_tiny'"):
+        resolve_config("shapes/frs/fcos_tny.yaml", "config")

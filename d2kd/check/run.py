@@ -184,7 +184,7 @@ def _data_set(cfg: CfgNode, split: str, name: str, images: bool) -> Part:
     bad = check_images(content.images, os.cpu_count() or 1, name) if images else []
     if not evaluated and count(bad, ERROR) <= cfg.RUN.SKIP_BAD_IMAGES:
         bad = [finding._replace(severity=WARNING) for finding in bad]
-    opened = "every image opened" if images else "images not opened"
+    opened = "all of its images looked at" if images else "images not opened"
     findings = [*content.findings, *log.findings, *bad]
     return Part(f"DATASETS.{split}: {name}", [f"{content}; {opened}"], findings)
 

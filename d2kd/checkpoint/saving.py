@@ -13,6 +13,8 @@ from d2kd.errors import UserError
 UNFINISHED = ".unfinished"  # ending of a file while it is written
 # What a disk says that takes no more
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+# What it says of a path that no file or folder can have, however much room there is
+_WRONG_PLACE = (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 class WholeFiles:
@@ -96,6 +98,8 @@ def cannot_write(path: str, error: BaseException) -> str:
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder).free / 2**20
         why = getattr(error, "strerror", None) or "writing failed"
+        if isinstance(error, _WRONG_PLACE):
+            return f"{path} cannot be made: {why}; give another folder"
         return (
             f"{path} cannot be written: {why} ({free:.1f} MB free); what stood there before is "
             "intact: make room and go on with --resume, or give another OUTPUT_DIR"

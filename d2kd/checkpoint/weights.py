@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from d2kd.errors import UserError
+from d2kd.model_zoo import FINAL_WEIGHTS
 
 from .downloads import check_hash, is_address, offline_advice
 from .files import Unreadable
@@ -129,10 +130,12 @@ def reading(path: str, key: str) -> Iterator[None]:
     except Unreadable as e:
         raise UserError(f"{key} is '{path}': {e}") from e
     except (OSError, AssertionError) as e:  # missing, unreachable
-        reason = _first_line(e) or "cannot be read"
+        reason = _first_line(e).rstrip("!") or "cannot be read"
         if is_address(path):
             raise UserError(f"{key} is '{path}': {reason}; {offline_advice(path, key)}") from e
-        if not os.path.exists(path):
+        if os.path.isdir(path):
+            reason = f"is a folder: give a file in it, such as {os.path.join(path, FINAL_WEIGHTS)}"
+        elif not os.path.exists(path):
             here = "" if os.path.isabs(path) else f" in {os.getcwd()}"
             reason = f"no such file{here}: correct the path, or make the file first"
         raise UserError(f"{key} is '{path}': {reason}") from e

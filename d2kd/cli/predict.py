@@ -43,5 +43,3 @@ def run(args: argparse.Namespace) -> None:
         f"{summary.detections} detections in {summary.images} images{skipped}: "
         f"{os.path.join(folder, PREDICTIONS)}"
     )
-    if not summary.images:
-        raise UserError("none of the files is an image that can be read: give others")

@@ -162,7 +162,8 @@ def _check_same_classes(train: str, test: str) -> None:
         difference = f"'{tested[i]}' as class {i}, {train} has '{learned[i]}'"
     raise UserError(
         f"DATASETS.TEST: {test} has {difference}: give both the same classes in the same order (in "
-        "COCO's format, the same 'categories')"
+        "COCO's format, the same 'categories'); training data of your own need validation data of "
+        "your own, too (--val-json and --val-images, --val-voc or --val-yolo)"
     )
 
 

@@ -20,6 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_voc_instances
 
 from d2kd.data.images import refuse_outside
+from d2kd.data.sets import no_json
 from d2kd.data.yolo import load_yolo, open_split
 from d2kd.errors import UserError
 
@@ -160,7 +161,7 @@ def _read(path: str, mtime: int, size: int) -> _Annotations:
         categories = sorted(data["categories"], key=lambda category: category["id"])
         classes = tuple(category["name"] for category in categories)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): was it copied completely?") from error
+        raise UserError(f"{path} {no_json(error)}") from error
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path} has no 'categories' with 'id' and 'name': is it in COCO's instances format?"

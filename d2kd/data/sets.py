@@ -31,22 +31,24 @@ LOADING_ERRORS = (
 MAX_ERROR_LENGTH = 200  # characters of somebody else's message that are passed on
 # Images that are opened before a run starts: enough to notice what all of them have
 _SAMPLE = 8
+_NOT_IN_FOLDER = "does not exist: is its 'file_name' relative to the folder of the images?"
 
 
-def data_root() -> str:
-    """Words on the folder of all data sets."""
+def _not_there() -> str:
+    """What to say of a file of a data set, with the folder of all data sets."""
     root = os.getenv("DETECTRON2_DATASETS")
-    return f"DETECTRON2_DATASETS is {root}" if root else "DETECTRON2_DATASETS is unset: ./datasets"
+    where = f"is {root}" if root else "is unset: ./datasets"
+    return f"does not exist (DETECTRON2_DATASETS {where}); see datasets/README.md"
 
 
 def why_not_loaded(error: Exception, names: Iterable[str]) -> str:
     """One line on why the data sets could not be loaded: what, in which file, what to do."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"{error.filename} does not exist ({data_root()}); see datasets/README.md"
+        return f"{error.filename} {_not_there()}"
     files = [MetadataCatalog.get(name).get("json_file") for name in names]
     where = ", ".join(file for file in files if file) or ", ".join(names)
     if isinstance(error, json.JSONDecodeError):
-        return f"{where} is not valid JSON ({error}): was it copied completely?"
+        return f"{where} {no_json(error)}"
     if str(error).startswith("No valid data found"):
         return f"{where} holds no image with an annotation that is not a crowd"
     if isinstance(error, KeyError) and "category_id" not in str(error):
@@ -72,6 +74,13 @@ def read_annotations(path: str) -> Any:
         return json.load(f)
 
 
+def no_json(error: Exception) -> str:
+    """What to say of a file that a JSON parser refused."""
+    if "BOM" in str(error):
+        return "begins with a byte-order mark: save it as UTF-8 without one"
+    return f"is not valid JSON ({error}): was it copied completely?"
+
+
 def findings_in_file(name: str, evaluated: bool, masks: bool) -> List[Finding]:
     """
     Args:
@@ -83,8 +92,7 @@ def findings_in_file(name: str, evaluated: bool, masks: bool) -> List[Finding]:
     try:
         data = read_annotations(path)
     except (ValueError, RecursionError) as error:
-        text = f"is not valid JSON ({error}): was it copied completely?"
-        return [Finding("file that is no JSON", ERROR, path, text)]
+        return [Finding("file that is no JSON", ERROR, path, no_json(error))]
     return check_annotations(data, path, evaluated, masks)
 
 
@@ -180,16 +188,17 @@ def quick_look(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
 def _missing(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
     """By one listing per folder, which is quick where asking for each file is not."""
     listed: Dict[str, Set[str]] = {}
-    text = f"does not exist ({data_root()}); see datasets/README.md"
     findings = []
     for d in dicts:
         path = d.get("file_name")
         if path is None or "://" in path:
             continue
         folder, name = os.path.split(os.path.abspath(path))
+        there = os.path.isdir(folder)
         if folder not in listed:
-            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            listed[folder] = set(os.listdir(folder)) if there else set()
         if name not in listed[folder]:
+            text = _NOT_IN_FOLDER if there else _not_there()
             findings.append(Finding("image missing", ERROR, path, text, d.get("image_id")))
     return findings
 

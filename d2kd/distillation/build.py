@@ -306,6 +306,12 @@ def _fill_teacher(
     reads: Mapping[Tuple[str, str], Reads],
 ) -> Teacher:
     """Reads the weights of a teacher, and puts it beside the student."""
+    if not source.weights:
+        config = cfg.DISTILL.TEACHER.CONFIG
+        raise UserError(
+            f"DISTILL.TEACHER.WEIGHTS is empty, and no weights are known for {config}: train it "
+            f"first (d2kd train --config-file {config}), or give its checkpoint"
+        )
     verdict = load_teacher_weights(
         source.detector,
         source.weights,

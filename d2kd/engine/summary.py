@@ -11,7 +11,7 @@ from tabulate import tabulate
 from d2kd.checkpoint import BEST_WEIGHTS, EMA_WEIGHTS, STUDENT_PROGRAM, STUDENT_YAML
 from d2kd.lazy import is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
-from d2kd.views import build_family
+from d2kd.views import find_family
 
 from .averaging import EMA
 from .metrics import METRICS, read_metrics
@@ -47,7 +47,8 @@ def _source(cfg: CfgNode) -> str:
 
 
 def _student(trainer: DistillTrainer) -> str:
-    name = build_family(trainer.student).name
+    family = find_family(trainer.student)
+    name = family.name if family else type(trainer.student).__name__
     millions = sum(p.numel() for p in trainer.student.parameters()) / 1e6
     start = trainer.cfg.MODEL.WEIGHTS or "random weights"
     if trainer.start_iter:

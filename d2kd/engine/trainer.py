@@ -34,7 +34,7 @@ from d2kd.errors import UserError, reason
 from d2kd.layers.random import preserve_rng_state
 from d2kd.lazy import is_lazy
 from d2kd.one_line import exit_status
-from d2kd.views import build_family
+from d2kd.views import find_family
 
 from . import lazy_parts
 from .accumulation import accumulated_step
@@ -109,8 +109,9 @@ class DistillTrainer(DefaultTrainer):
             UserError: if the data has another number of classes than the student.
         """
         names = self.cfg.DATASETS.TRAIN
-        in_data, in_model = num_classes_of(names), build_family(self.student).num_classes
-        if in_data is not None and in_data != in_model:
+        family = find_family(self.student)  # a plain detector may be of a kind without one
+        in_data, in_model = num_classes_of(names), family and family.num_classes
+        if None not in (in_data, in_model) and in_data != in_model:
             raise UserError(
                 f"DATASETS.TRAIN {tuple(names)} has {in_data} classes, but the student predicts "
                 f"{in_model}: set NUM_CLASSES of its head in MODEL"

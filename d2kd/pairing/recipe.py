@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode
 
-from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, written_whole
+from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, checkpoint_names, written_whole
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import plain_yaml, read_value
@@ -102,7 +102,8 @@ def merge(content: Dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def write_recipe(folder: str, content: Mapping[str, Any], comments: Sequence[str]) -> str:
-    """Writes ``recipe.yaml``, whole, unless the folder has it already.
+    """Writes ``recipe.yaml``, whole, unless the folder has it already. Another one is replaced as
+    long as the run has saved nothing: its command may have been a mistake.
 
     Args:
         folder: of the run.
@@ -113,10 +114,10 @@ def write_recipe(folder: str, content: Mapping[str, Any], comments: Sequence[str
         its path.
 
     Raises:
-        UserError: if the folder has another one.
+        UserError: if the folder has another one, by which a run was trained.
     """
     path = os.path.join(folder, RECIPE_YAML)
-    if os.path.isfile(path):
+    if os.path.isfile(path) and checkpoint_names(folder):
         _refuse_other(path, content)
         return path
     os.makedirs(folder, exist_ok=True)

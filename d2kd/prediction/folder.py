@@ -52,7 +52,7 @@ def predict_into(
         threshold: lowest score of a detection that is kept.
 
     Raises:
-        UserError: if the folder holds something, or cannot be written to.
+        UserError: if the folder holds something, or cannot be written to, or no image can be read.
     """
     _make_empty(folder)
     pictures = _picture_names(paths)
@@ -69,6 +69,8 @@ def predict_into(
         drawn = _draw(convert_image_to_rgb(image, predictor.input_format), found, classes)
         _write_picture(os.path.join(folder, pictures[path]), drawn)
         images.append(_entry(path, pictures[path], found, classes))
+    if not images:
+        raise UserError("none of the files is an image that can be read: give others")
     content = {
         "boxes": _BOXES,
         "threshold": threshold,
@@ -117,7 +119,9 @@ def _entry(path: str, picture: str, found: Instances, classes: Sequence[str]) ->
     detections = instances_to_coco_json(found, path)
     for detection in detections:
         del detection["image_id"]
-        detection["class"] = _name(detection["category_id"], classes)
+        # Not the ids of an annotation file: a detector counts its classes from 0
+        detection["class_index"] = detection.pop("category_id")
+        detection["class"] = _name(detection["class_index"], classes)
     return {
         "file": os.path.abspath(path),
         "picture": picture,

@@ -45,6 +45,14 @@ def test_trains_evaluates_and_refuses_to_overwrite(run, tmp_path):
     assert run(FRS, flags=["--resume"]) is None
 
 
+def test_a_plain_detector_of_a_kind_that_nothing_reads_is_trained(run, tmp_path):
+    file = tmp_path / "proposals.yaml"
+    base = "_BASE_: shapes/baselines/faster_rcnn_tiny.yaml\n"
+    file.write_text(base + "MODEL: {META_ARCHITECTURE: ProposalNetwork}\n")
+    assert run(str(file), "DATASETS.TEST", "()") is None
+    assert "ProposalNetwork" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_evaluation_needs_every_weight(run, tmp_path):
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
     message = run(FCOS, "MODEL.WEIGHTS", tmp_path / "other.pth", flags=["--eval-only"])
@@ -67,6 +75,7 @@ def test_evaluation_needs_every_weight(run, tmp_path):
             "has 6 classes, but the student predicts 5",
         ),
         (["MODEL.WEIGHTS", "/nowhere.pth"], "MODEL.WEIGHTS is '/nowhere.pth'"),
+        (["MODEL.WEIGHTS", "/tmp"], "'/tmp': is a folder: give a file in it, such as /tmp/model_"),
         (["DISTILL.TEACHER.CONFIG", ""], "DISTILL.TEACHER.CONFIG is empty"),
         (["DISTILL.TEACHER.CONFIG", "no.yaml"], "DISTILL.TEACHER.CONFIG is 'no.yaml': no such"),
         (["DISTILL.TEACHER.WEIGHTS", "/no.pth"], "DISTILL.TEACHER.WEIGHTS is '/no.pth'"),

@@ -68,7 +68,9 @@ def test_settings_that_cannot_work(command, opts, words):
 def test_a_folder_that_cannot_be_written(command, tmp_path):
     (tmp_path / "file").write_text("")
     message = command("OUTPUT_DIR", tmp_path / "file" / "run")
-    assert "OUTPUT_DIR is" in message and "cannot be written" in message
+    assert "OUTPUT_DIR is" in message and "cannot be made: Not a directory; give" in message
+    message = command("OUTPUT_DIR", tmp_path / "file")
+    assert "file cannot be made: File exists; give another folder" in message
     if os.path.isdir("/proc/self"):  # nobody can write there
         with pytest.raises(UserError, match="OUTPUT_DIR is '/proc/self/fdinfo'"):
             refuse_unwritable("/proc/self/fdinfo")

@@ -68,13 +68,16 @@ def test_a_teacher_learns_the_classes_first(own_data, tmp_path):
     assert first.MODEL.FCOS.NUM_CLASSES == 2 and first.DISTILL.METHODS == []
     for key in ("SOLVER", "DATASETS", "INPUT"):
         assert first[key] == second[key]
+    # An absolute path, wherever the recipe is used from
     assert str(tmp_path / "run" / "teacher" / "recipe.yaml") == second.DISTILL.TEACHER.CONFIG
     assert f"{first.OUTPUT_DIR}/model_final.pth" == second.DISTILL.TEACHER.WEIGHTS
     assert 0 < seconds_of_training(second, 2) < 600
 
 
 def test_a_recipe_of_another_run_is_kept(tmp_path):
+    write_recipe(str(tmp_path), {"SEED": 3}, ["of a command that failed before it had trained"])
     path = write_recipe(str(tmp_path), {"SEED": 1}, ["mine"])
+    (tmp_path / "model_0000009.pth").touch()
     assert write_recipe(str(tmp_path), {"SEED": 1}, []) == path
     with pytest.raises(UserError, match="recipe.yaml is of another run"):
         write_recipe(str(tmp_path), {"SEED": 2}, [])

@@ -58,6 +58,7 @@ def test_pictures_and_json(run, photographs, tmp_path, capsys):
     assert np.allclose([x["bbox"] for x in entry["detections"]], boxes, atol=1e-3)
     names = [run.classes[i] for i in found.pred_classes]
     assert [x["class"] for x in entry["detections"]] == names
+    assert [x["class_index"] for x in entry["detections"]] == found.pred_classes.tolist()
 
 
 def test_a_strip_is_skipped_and_dollars_are_no_formula(run, photographs, tmp_path, capsys):
@@ -72,6 +73,14 @@ def test_a_strip_is_skipped_and_dollars_are_no_formula(run, photographs, tmp_pat
         (40, 40), pred_boxes=boxes, scores=torch.ones(1), pred_classes=torch.zeros(1).int()
     )
     assert _draw(image, found, ["a$b_{$c"]).any()
+
+
+def test_nothing_is_written_of_files_that_are_no_images(run, photographs, tmp_path, capsys):
+    words = ["predict", run.folder, str(photographs / "two.jpg"), "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main([*words, "--output", str(tmp_path / "found")])
+    assert "none of the files is an image" in capsys.readouterr().err
+    assert not list((tmp_path / "found").iterdir())
 
 
 def test_a_folder_with_files_is_left_alone(run, photographs, tmp_path, capsys):

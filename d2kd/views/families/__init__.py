@@ -5,7 +5,7 @@ from . import dense, two_stage
 from .assignment import AnchorTargets
 from .box_head import BoxHead
 from .dense_head import BRANCHES, DenseHead, DensePredictions, TowerHead
-from .family import FAMILY_REGISTRY, Family, Level, Pixels, build_family
+from .family import FAMILY_REGISTRY, Family, Level, Pixels, build_family, find_family
 from .transfer import copy_weights
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Pixels",
     "TowerHead",
     "build_family",
+    "find_family",
     "copy_weights",
     "dense",
     "two_stage",

@@ -298,16 +298,24 @@ class Family:
             raise CannotRead(f"{self.name} has {self.box_head.num_stages} box head(s), from 0")
 
 
+def find_family(detector: nn.Module) -> Optional[Family]:
+    """The family of a detector: of those that accept it, the one registered last; None if none
+    does."""
+    families = [family for _, family in FAMILY_REGISTRY]
+    found = next((family for family in reversed(families) if family.accepts(detector)), None)
+    return found and found(detector)
+
+
 def build_family(detector: nn.Module) -> Family:
-    """The family of a detector: of those that accept it, the one registered last.
+    """The family of a detector that has one.
 
     Raises:
-        UserError: if none does.
+        UserError: if none accepts it.
     """
+    family = find_family(detector)
+    if family is not None:
+        return family
     families = [family for _, family in FAMILY_REGISTRY]
-    for family in reversed(families):
-        if family.accepts(detector):
-            return family(detector)
     raise UserError(
         f"MODEL.META_ARCHITECTURE '{type(detector).__name__}' cannot be distilled: accepted by "
         f"none of {', '.join(f.__name__ for f in families)}; register a Family for it in "
