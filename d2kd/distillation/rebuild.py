@@ -216,9 +216,9 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
 def _compiled(
     teacher: Teacher, student: Family, reads: Iterable[Read], observed: List[nn.Module]
 ) -> List[str]:
-    """Compiles the backbone and the dense head, and says what came of it."""
+    """Compiles the backbone and what the dense head is made of, and says what came of it."""
     head = teacher.family.dense_head
-    parts = [teacher.family.backbone, *([head.module] if head else [])]
+    parts = [teacher.family.backbone, *(head.largest_parts if head else [])]
     found = [m for part in parts for m in largest_unobserved(part, observed)]
     modules = [m for m in found if any(True for _ in m.children())]  # single layers gain nothing
     for module in modules:

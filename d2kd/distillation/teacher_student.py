@@ -75,6 +75,7 @@ class TeacherStudent(nn.Module):
         self.last_terms: Dict[Tuple[str, str], Tensor] = {}
         self.step_times: Deque[Stopwatch] = deque(maxlen=LOG_PERIOD)
         self.balance_period = BALANCE_PERIOD
+        self._idle: List[Distiller] = []  # in the last step
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
@@ -107,6 +108,7 @@ class TeacherStudent(nn.Module):
             return self.student(batched_inputs)
         storage = get_event_storage()
         active = self.active_terms(storage.iter)
+        self._idle = [d for name, d in self.distillers.items() if name not in active]
         if not active:
             return self._touch_idle(self.student(batched_inputs), active)
 
@@ -156,6 +158,12 @@ class TeacherStudent(nn.Module):
             frozenset(read for r in reads for read in r.student),
             frozenset(read for r in reads for read in r.teacher),
         )
+
+    def forget_idle(self) -> None:
+        """Drops the gradients, 0, of methods that had nothing to compute in the last step: to be
+        called before the optimizer's, whose decay would shrink what has not begun to learn."""
+        for distiller in self._idle:
+            distiller.zero_grad()
 
     def _weighted(self, name: str, values: Dict[str, Tensor], iteration: int) -> Dict[str, Tensor]:
         losses = {}

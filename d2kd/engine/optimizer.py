@@ -129,9 +129,11 @@ def _with_total_norm(kind: type, max_norm: float) -> type:
 
 
 def spare_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Sets the weight decay of what the distillers of a model do not want to decay to 0."""
+    """Sets the weight decay of what the distillers of a model do not want to decay to 0, and leaves
+    out of a step what has nothing to learn in it, such as the adapters before START_ITER."""
     if isinstance(model, TeacherStudent):
         _stop_decay(optimizer, _not_decayed(model))
+        optimizer.register_step_pre_hook(lambda *_: model.forget_idle())
 
 
 def _not_decayed(model: TeacherStudent) -> List[nn.Parameter]:

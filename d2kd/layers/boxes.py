@@ -50,13 +50,13 @@ def centerness_targets(centers: Tensor, gt_boxes: Tensor, positive: Tensor) -> T
     Args:
         centers: (R, 2) locations (x, y).
         gt_boxes: (N, R, 4) the boxes assigned to them.
-        positive: (N, R) bool, which of them lie inside their box.
+        positive: (N, R) bool, which of them learn their box.
 
     Returns:
-        (N, R) in [0, 1]: 1 at the centre of a box, 0 on its border and for negatives.
+        (N, R) in [0, 1]: 1 at the centre of a box, 0 on its border, outside, and for negatives.
     """
     before, after = centers - gt_boxes[..., :2], gt_boxes[..., 2:] - centers
-    ratios = torch.minimum(before, after) / torch.maximum(before, after)
+    ratios = torch.minimum(before, after).clamp(min=0) / torch.maximum(before, after)
     return torch.where(positive, ratios.prod(dim=-1).sqrt(), torch.zeros_like(ratios[..., 0]))
 
 

@@ -115,9 +115,10 @@ class View:
     def resume(
         self, branch: str, depth: int, features: Iterable[Tensor]
     ) -> Dict[str, List[Tensor]]:
-        """Runs the rest of *this* detector's branch on other features, with gradient to them.
-        See :meth:`~d2kd.views.families.TowerHead.resume`."""
-        with self.precision(), FrozenLayers():
+        """Runs the rest of *this* detector's branch on other features, with gradient to them. It
+        runs as the student does, also if a teacher is in float16: nobody scales gradients in there,
+        and small ones would be lost. See :meth:`~d2kd.views.families.TowerHead.resume`."""
+        with FrozenLayers():
             return self.family.dense_head.resume(branch, depth, features)
 
     def decode(self, deltas: List[Tensor]) -> Tensor:

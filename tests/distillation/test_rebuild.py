@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -138,6 +139,20 @@ def test_half_precision_is_compared_too(tmp_path, caplog):
     assert "The teacher runs rebuilt: bfloat16, " in caplog.text
 
 
+def test_gradients_through_a_teacher_in_half_precision_survive(tmp_path):
+    """A small loss has a small gradient, which is as exact: none of it passes through float16."""
+    opts = ["DISTILL.TEACHER.PRECISION", "float16", "DISTILL.CROSSKD.DEPTH", 1]
+    model = build_model(distill_config(tmp_path, "GFL", opts, methods=["CrossKD"]))
+    loss = step(model, batch())["loss_crosskd_cls"]
+    large, small = (
+        torch.autograd.grad(
+            loss * scale, model.student.head.cls_subnet[0].weight, retain_graph=True
+        )
+        for scale in (1.0, 2.0**-14)
+    )
+    assert torch.allclose(small[0] * 2**14, large[0], rtol=1e-4, atol=large[0].abs().max() * 1e-5)
+
+
 def test_no_random_number_is_drawn(tmp_path):
     """The student's own numbers do not depend on how its teacher runs."""
     states = []
@@ -175,6 +190,28 @@ def test_compiled(tmp_path, caplog):
     assert "compiled; " in caplog.text
     for before, after in zip(*losses):
         assert all(torch.allclose(after[k], v, rtol=1e-4) for k, v in before.items())
+
+
+@pytest.mark.parametrize("name", ["RetinaNet", "FasterRCNN"])
+def test_what_is_compiled_is_what_runs(tmp_path, monkeypatch, name):
+    """FRS reads one branch of a RetinaNet's head, and all of an RPN."""
+    calls = Counter()
+
+    def compiled(function, **_):
+        def call(*args):
+            calls[function.__self__] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    opts = ["DISTILL.TEACHER.COMPILE", True]
+    model = build_model(distill_config(tmp_path, name, opts, methods=["FRS"]))
+    calls.clear()
+    step(model, batch())
+    head, levels = model.teacher.family.dense_head, len(model.family.levels)
+    part = head.tower("cls") if name == "RetinaNet" else head.module
+    assert calls == {model.teacher.family.backbone: 1, part: levels if name == "RetinaNet" else 1}
 
 
 def test_what_cannot_be_compiled_runs_without(tmp_path, caplog, monkeypatch):

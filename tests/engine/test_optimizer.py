@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.solver import build_optimizer
-from toys import config, distill_config
+from toys import batch, config, distill_config, step
 
 from d2kd.distillation import build_model
 from d2kd.engine import DistillTrainer
@@ -33,6 +33,20 @@ def test_temperature_does_not_decay(tmp_path, name, clip):
     for n, p in model.named_parameters():
         if p.requires_grad and before[n].abs().sum() > 0:
             assert torch.equal(p, before[n]) == (n == TEMPERATURE), n
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_adapters_wait_unchanged_for_their_term(tmp_path, name):
+    start = ["DISTILL.FRS.FEATURE.START_ITER", 1, "DISTILL.FRS.CLS.START_ITER", 1]
+    model, optimizer, _ = model_and_optimizer(tmp_path, name, start, methods=("FRS", "PKD"))
+    adapters = model.distillers["FRS"].adapters
+    before = [p.detach().clone() for p in adapters.parameters()]
+    for iteration in range(2):
+        optimizer.zero_grad()
+        sum(step(model, batch(), iteration).values()).backward()
+        optimizer.step()
+        unchanged = [torch.equal(*pair) for pair in zip(before, adapters.parameters())]
+        assert all(unchanged) if iteration == 0 else not any(unchanged)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])

@@ -188,3 +188,12 @@ def test_assignment_is_the_students_own(name):
     again = family.assign(family.anchors(list(view.features.values())), targets)
     assert torch.equal(assignment.labels, again.labels) and (assignment.labels >= 0).any()
     assert torch.equal(assignment.centerness, again.centerness)
+
+
+def test_a_low_quality_match_outside_of_its_box_is_not_central():
+    """RetinaNet gives a small box its nearest anchor, whose centre may lie beside it."""
+    family = build_family(detector(STUDENTS["RetinaNet"]))
+    levels = [torch.zeros(1, 1, -(-96 // x.stride), -(-128 // x.stride)) for x in family.levels]
+    (inputs,) = batch(sizes=((96, 128),), boxes=[[[41.0, 30.0, 46.0, 50.0]]])
+    targets = family.assign(family.anchors(levels), [inputs["instances"]])
+    assert targets.positive.sum() == 1 and targets.centerness.sum() == 0

@@ -18,7 +18,6 @@ class AnchorTargets:
         sizes: number of anchors of each level, sums to R.
         labels: (N, R) in {-1, 0, ..., K}: K is background; -1 ignored, or outside the image.
         positive: (N, R) bool, anchors that learn an object.
-        centerness: (N, R) the centerness that they learn, 0 for other anchors.
     """
 
     def __init__(
@@ -34,7 +33,12 @@ class AnchorTargets:
         self.sizes = sizes
         self.labels = labels
         self.positive = (labels >= 0) & (labels < num_classes)
-        self.centerness = centerness_targets(centers, boxes, self.positive)
+        self._centers, self._boxes = centers, boxes
+
+    @cached_property
+    def centerness(self) -> Tensor:
+        """(N, R), in [0, 1]: the centerness that positive anchors learn, 0 for others."""
+        return centerness_targets(self._centers, self._boxes, self.positive)
 
     @cached_property
     def valid(self) -> Tensor:

@@ -52,6 +52,11 @@ class DenseHead:
         """Blocks (conv, norm, activation) of a branch's tower."""
         return 0
 
+    @property
+    def largest_parts(self) -> List[nn.Module]:
+        """What runs as a module whatever is asked of the head."""
+        return [self.module]
+
     def block(self, branch: str, depth: int, pre_activation: bool) -> nn.Module:
         """The module that gives the tower after ``depth`` blocks, 1 ... ``num_blocks(branch)``."""
         raise NotImplementedError(f"{type(self).__name__} has no towers")
@@ -79,6 +84,10 @@ class TowerHead(DenseHead):
     def box_dim(self) -> int:
         """Numbers that describe one box: 4, or 4 distributions."""
         return self.module.bbox_pred.out_channels // self.num_anchors
+
+    @property
+    def largest_parts(self) -> List[nn.Module]:
+        return [self.tower(branch) for branch in BRANCHES]
 
     def tower(self, branch: str) -> nn.Sequential:
         return getattr(self.module, self.TOWERS[branch])
@@ -117,10 +126,12 @@ class TowerHead(DenseHead):
             that has it; per level as in :class:`DensePredictions`.
         """
         starts = [*self._block_starts(branch), len(self.tower(branch))]
-        layers = self.tower(branch)[starts[depth] :]
+        # A whole tower runs as the module that it is, which may be compiled. What is left of one
+        # runs layer by layer: as a module it would hold the features to the end.
+        layers = self.tower(branch)[starts[depth] :] if depth else [self.tower(branch)]
         per_level = []
         for x in features:
-            for layer in layers:  # layers(x) would hold x to the end
+            for layer in layers:
                 x = layer(x)
             per_level.append(self.predict(branch, x, len(per_level)))
         return {name: [p[name] for p in per_level] for name in per_level[0]}
