@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from d2kd.distillation import TeacherStudent
 from d2kd.engine import DistillTrainer
+from d2kd.engine.logs import set_up_logs
 from d2kd.errors import UserError
 
 
@@ -42,6 +43,7 @@ def propose_weights(cfg: CfgNode, share: float, steps: int) -> List[Proposal]:
     cfg.defrost()
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
     with tempfile.TemporaryDirectory(prefix="d2kd_balance_") as cfg.OUTPUT_DIR:
+        set_up_logs(cfg.OUTPUT_DIR, rank=0)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=False)
         model = trainer.bare_model
