@@ -46,7 +46,7 @@ AFTER = re.compile(r"(.+), teacher after (\d+)")
 
 # Columns and rows of the matrix, the rows with their name in step_costs.json and their experiments;
 # of a method that was measured on equal terms twice, the later experiment counts
-METHODS = ("CrossKD", "mimicking", "LD", "DeFeat", "FRS", "HGD", "PKD", "MGD", "G-DetKD")
+METHODS = ("CrossKD", "mimicking", "LD", "DeFeat", "FRS", "HGD", "PKD", "MGD")
 DETECTORS = {
     "RetinaNet": ("retinanet", ("methods_retinanet", "levels_retinanet")),
     "FCOS": ("fcos", ("methods_fcos", "levels_fcos")),

@@ -2,7 +2,7 @@
 
 Each term's gradient at the FPN is compared with that of the detection losses, over the second half
 of the steps. The proposed weights give all terms of the recipe together the share that is asked
-for: where to begin a search on your own validation set. docs/results.md has what they gained
+for: where to begin a search on your own validation set. docs/choosing.md has what they gained
 beside the weights that the methods' authors published. With few steps the proposals are too large:
 the detection losses' gradient is, at the beginning. Terms on backbone stages alone, as HGD's by
 default, have no gradient at the FPN and get no proposal.

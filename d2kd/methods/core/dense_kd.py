@@ -160,7 +160,7 @@ class DenseKD(Distiller):
         "PaperFCOS": Defaults(_weights(0.4, 0.75), "CrossKD's authors', for FCOS"),
         "FCOS": Defaults(
             {**_weights(0.4, 0.75), "BBOX_LOSS": "giou"},
-            "CrossKD's authors', for FCOS, with GIoU instead of log-IoU (docs/results.md)",
+            "CrossKD's authors', for FCOS, with GIoU instead of log-IoU (docs/results/crosskd.md)",
         ),
     }
 
