@@ -96,9 +96,9 @@ def open_run(path: str) -> TrainedRun:
     name = name or _last(folder)
     weights = os.path.join(folder, name) if name else ""
     if not os.path.isfile(_student_file(folder)) or not os.path.isfile(weights):
-        there = "is no run" if os.path.exists(path) else f"is not there (in {os.getcwd()})"
+        what = "is no run" if os.path.exists(path) else "is not there"
         raise UserError(
-            f"'{path}' {there}: give the folder with {STUDENT_YAML} (or {STUDENT_PROGRAM}) and "
+            f"'{path}' {what}: give the folder with {STUDENT_YAML} (or {STUDENT_PROGRAM}) and "
             "the checkpoints that training wrote, or one of these checkpoints"
         )
     return TrainedRun(os.path.abspath(folder), os.path.abspath(weights), class_names_in(weights))

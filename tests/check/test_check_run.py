@@ -47,7 +47,10 @@ def test_a_good_run_has_no_findings_and_leaves_nothing(cfg, tmp_path):
     assert "AP of 100.0" in parts["evaluation"].lines[0]
     text = "\n".join(parts["model, on its data"].lines)
     assert "architecture " in text and "loss_frs_cls" in text and "s a step with 1 images" in text
-    assert "24 images, 50 boxes, 6 classes; every" in parts["DATASETS.TRAIN: toy_train"].lines[0]
+    assert (
+        "24 images, 50 boxes, 6 classes; all of its images looked at"
+        in parts["DATASETS.TRAIN: toy_train"].lines[0]
+    )
 
 
 def test_every_part_is_tried(cfg):

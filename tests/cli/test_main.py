@@ -74,7 +74,7 @@ def test_a_folder_that_was_removed(said, tmp_path, monkeypatch):
 def test_what_is_wrong_is_one_line(said):
     status, text = said("eval", "/nowhere")
     assert status == 1
-    assert text.startswith("error: '/nowhere' is no run") and text.count("\n") == 1
+    assert text.startswith("error: '/nowhere' is not there") and text.count("\n") == 1
 
 
 def test_nobody_is_warned_of_what_detectron2_calls(said):

@@ -43,7 +43,7 @@ def test_the_python_config_of_a_run_has_what_its_cfgnode_says():
 
 WRONG = {
     "train.max_iters=3": "no config key train.max_iters: did you mean 'train.max_iter'?",
-    "train.max_iter=ten": "config key: train.max_iter",
+    "train.max_iter=ten": "train.max_iter is 'ten': give a whole number",
     "train.max_iter=[3": "'train.max_iter=[3'",
     "distill.FRS.CLS.WIEGHT=1.0": "distill.FRS.CLS.WIEGHT: did you mean 'distill.FRS.CLS.WEIGHT'?",
     "distill.FRS.CLS.WEIGHT=-1.0": "distill.FRS.CLS.WEIGHT is -1.0: give 0 or more",

@@ -94,7 +94,7 @@ def test_classes_are_compared_as_far_as_they_are_known(a, b, same):
     [
         ("nowhere", TINY.format("fcos"), "--student is 'nowhere': no such file"),
         (TINY.format("fcos"), "nowhere.yaml", "--teacher is 'nowhere.yaml': no such file"),
-        (TINY.format("fcos"), "nowhere.pth", "'nowhere.pth' is no run"),
+        (TINY.format("fcos"), "nowhere.pth", "'nowhere.pth' is not there"),
     ],
 )
 def test_names_that_are_nowhere(student, teacher, message):
