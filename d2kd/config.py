@@ -62,7 +62,7 @@ DISTILL_KEYS = {
         ),
         "CHANNELS_LAST": Key(True, "Keep weights and maps in the order N, H, W, C"),
         "COMPILE": Key(
-            False, "Run backbone and dense head through torch.compile; needs a C++ compiler"
+            False, "Run backbone and towers through torch.compile; needs a C++ compiler"
         ),
     },
 }

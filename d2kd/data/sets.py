@@ -187,18 +187,18 @@ def quick_look(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
 
 def _missing(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
     """By one listing per folder, which is quick where asking for each file is not."""
-    listed: Dict[str, Set[str]] = {}
+    listed: Dict[str, Optional[Set[str]]] = {}  # None: there is no such folder
     findings = []
     for d in dicts:
         path = d.get("file_name")
         if path is None or "://" in path:
             continue
         folder, name = os.path.split(os.path.abspath(path))
-        there = os.path.isdir(folder)
         if folder not in listed:
-            listed[folder] = set(os.listdir(folder)) if there else set()
-        if name not in listed[folder]:
-            text = _NOT_IN_FOLDER if there else _not_there()
+            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else None
+        there = listed[folder]
+        if there is None or name not in there:
+            text = _not_there() if there is None else _NOT_IN_FOLDER
             findings.append(Finding("image missing", ERROR, path, text, d.get("image_id")))
     return findings
 

@@ -113,8 +113,10 @@ def make_plan(
         folder = os.path.join(output, TEACHER_FOLDER)
         teacher_content = teacher_recipe(pair, folder)
         note = f"{pair.teacher} is trained on the student's data first"
-        paths = (os.path.abspath(os.path.join(folder, x)) for x in (RECIPE_YAML, FINAL_WEIGHTS))
-        taught = taught._replace(**dict(zip(("teacher", "weights"), paths)))
+        there = os.path.abspath(folder)  # the recipe may be used from another folder
+        taught = taught._replace(
+            teacher=os.path.join(there, RECIPE_YAML), weights=os.path.join(there, FINAL_WEIGHTS)
+        )
     content = recipe_of(taught, choice.methods, opts, output)
     return Plan(taught, choice, output, content, teacher_content, note)
 

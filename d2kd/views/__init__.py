@@ -41,8 +41,8 @@ __all__ = [
     "Tower",
     "View",
     "build_family",
-    "find_family",
     "channels_of",
+    "find_family",
     "paired_levels",
     "paired_stages",
 ]

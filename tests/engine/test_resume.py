@@ -68,6 +68,20 @@ def path_of(cfg, name):
     return os.path.join(cfg.OUTPUT_DIR, name)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_run_goes_on_whose_method_has_not_begun(tmp_path, toy_dataset, name):
+    """The optimizer has no state of its adapters yet when the run is killed."""
+    opts = ["DISTILL.FRS.FEATURE.START_ITER", 4, "DISTILL.FRS.CLS.START_ITER", 4]
+    opts += ["SOLVER.OPTIMIZER", name, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ()]
+    whole, killed = (
+        run_config(tmp_path / x, "FCOS", toy_dataset, opts, methods=["FRS"]) for x in "ab"
+    )
+    train(whole)
+    train(killed, at=3)
+    train(killed, resume=True)
+    assert_same_run(whole, killed)
+
+
 def test_the_last_checkpoint_is_the_newest(cfg):
     assert newest_checkpoint(cfg.OUTPUT_DIR) == (path_of(cfg, "model_0000005.pth"), 6, 1)
 

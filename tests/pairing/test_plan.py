@@ -74,6 +74,14 @@ def test_a_teacher_learns_the_classes_first(own_data, tmp_path):
     assert 0 < seconds_of_training(second, 2) < 600
 
 
+def test_a_recipe_names_its_teacher_from_everywhere(own_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(STUDENT, TEACHER, [], [*own_data, "OUTPUT_DIR", "run"], finetune=True)
+    teacher = plan.recipe["DISTILL"]["TEACHER"]
+    assert teacher["CONFIG"] == str(tmp_path / "run" / "teacher" / "recipe.yaml")
+    assert teacher["WEIGHTS"] == str(tmp_path / "run" / "teacher" / "model_final.pth")
+
+
 def test_a_recipe_of_another_run_is_kept(tmp_path):
     write_recipe(str(tmp_path), {"SEED": 3}, ["of a command that failed before it had trained"])
     path = write_recipe(str(tmp_path), {"SEED": 1}, ["mine"])

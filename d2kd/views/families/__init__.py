@@ -20,8 +20,8 @@ __all__ = [
     "Pixels",
     "TowerHead",
     "build_family",
-    "find_family",
     "copy_weights",
     "dense",
+    "find_family",
     "two_stage",
 ]
