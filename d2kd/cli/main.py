@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 from d2kd import __version__
+from d2kd.command import use_script
 from d2kd.errors import nearest
 from d2kd.one_line import exit_status, in_one_line
 
@@ -59,13 +60,17 @@ _MISSING = {
 }
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[Sequence[str]] = None, script: Optional[str] = None) -> None:
     """Entry point of ``d2kd``; ends the process with a status other than 0 when something is wrong.
 
     Args:
         argv: the words behind ``d2kd``; those of this process unless given.
+        script: the file that calls this, where it has imported methods or detectors from outside
+            of d2kd: trainings in processes of their own are started with it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if script is not None:
+        use_script(script)
     if words[:1] == ["--version"]:
         print(f"d2kd {__version__}")
         return

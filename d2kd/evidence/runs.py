@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from d2kd.checkpoint import written_whole
+from d2kd.command import train_command
 from d2kd.config import read_config
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import config_file
@@ -27,7 +28,6 @@ from .rows import Row, folder_of
 
 METRICS = ("AP", "AP50", "AP75")
 SUMMARY = "summary.json"
-_TRAIN = [sys.executable, "-m", "d2kd", "train"]
 _LAST_LINES = 30  # of a run that failed
 _POLL_SECONDS = 1.0
 
@@ -180,7 +180,7 @@ class _Training:
         return self._max_iter - self._done
 
     def start(self, environment: Dict[str, str]) -> None:
-        words = [*_TRAIN, "--config-file", self._config, "--resume", *self._opts]
+        words = [*train_command(), "--config-file", self._config, "--resume", *self._opts]
         self._started = time.perf_counter()
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(

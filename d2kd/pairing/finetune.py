@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from d2kd.checkpoint import newest_checkpoint
+from d2kd.command import train_command
 from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
@@ -20,7 +21,6 @@ from d2kd.views import build_family
 from .pair import Pair, build_on_meta
 from .recipe import described_datasets, merge, nested
 
-_TRAIN = [sys.executable, "-m", "d2kd", "train"]
 # The teacher is trained as the student is, but on pixels in its own channel order
 _AS_THE_STUDENT = ("SOLVER", "INPUT", "TEST", "DATALOADER", "SEED")
 
@@ -80,7 +80,7 @@ def train_teacher(recipe: str, options: Sequence[str]) -> None:
         options: further words of ``d2kd train``.
     """
     resume = ["--resume"] if newest_checkpoint(os.path.dirname(recipe)) else []
-    process = subprocess.Popen([*_TRAIN, "--config-file", recipe, *resume, *options])
+    process = subprocess.Popen([*train_command(), "--config-file", recipe, *resume, *options])
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
         status = process.wait()

@@ -185,7 +185,7 @@ def test_apostrophes_in_lists_stay(tmp_path):
 def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     fails = "import sys; print('starting'); sys.exit('error: no teacher')"
-    monkeypatch.setattr(runs, "_TRAIN", [sys.executable, "-c", fails])
+    monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, "-c", fails])
     with pytest.raises(UserError, match="^training shapes/frs/fcos_tiny, seed 1 failed: no teac"):
         train_row(read_rows(RECIPE)[0], 1, "out")
     assert "starting\n" in capsys.readouterr().err
@@ -228,7 +228,7 @@ open(f"ended {seed}", "w")
 def worker(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(runs, "_TRAIN", [sys.executable, "-c", _WORKER])
+    monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, "-c", _WORKER])
     monkeypatch.setattr(runs.os, "cpu_count", lambda: 4)
     return tmp_path
 

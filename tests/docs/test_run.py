@@ -56,3 +56,11 @@ def test_a_method_from_elsewhere_is_trained_with(tmp_path):
     run(tmp_path, "my_d2kd.py", "train", *words)
     run(tmp_path, "my_d2kd.py", "check", "--config-only", *words)
     assert "loss_mymethod_feature" in (tmp_path / "output/shapes/frs/fcos_tiny/log.txt").read_text()
+    sets = [
+        f"[{{json: toy/annotations/instances_{split}.json, images: toy/{split}}}]"
+        for split in ("train", "val")
+    ]
+    opts = ["DISTILL.METHODS", "['MyMethod']", "DATASETS.TRAIN", sets[0], "DATASETS.TEST", sets[1]]
+    run(tmp_path, "my_d2kd.py", "compare", config[1], "--output", "compared", *opts, *SHORT)
+    log = tmp_path / "compared" / "shapes/frs/fcos_tiny_seed1" / "log.txt"
+    assert "loss_mymethod_feature" in log.read_text()

@@ -108,7 +108,7 @@ def test_times_in_words(seconds, text):
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_teacher_that_fails_ends_the_run(tmp_path, monkeypatch, status):
     said = f"import sys; print(sys.argv[1:]); sys.exit({status})"
-    monkeypatch.setattr(finetune, "_TRAIN", [sys.executable, "-c", said])
+    monkeypatch.setattr(finetune, "train_command", lambda: [sys.executable, "-c", said])
     with pytest.raises(SystemExit) if status else contextlib.nullcontext() as end:
         finetune.train_teacher(str(tmp_path / "recipe.yaml"), ["--num-gpus", "1"])
     assert not status or end.value.code == status
