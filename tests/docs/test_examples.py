@@ -1,5 +1,6 @@
-"""The method and the family that the documentation shows work as they stand there."""
+"""The Python that the documentation shows works as it stands there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -20,6 +21,23 @@ def run_example(page):
     """Runs the first Python block of a page."""
     code = re.search(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)[1]
     exec(compile(code, page, "exec"), {"__name__": "example"})
+
+
+def test_one_file_of_annotations_becomes_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = [{"id": 10 * i, "file_name": f"{i}.jpg"} for i in range(11)]
+    annotations = [{"id": i, "image_id": 10 * (i // 3)} for i in range(30)]  # the last image: none
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1}]}
+    Path("all.json").write_text(json.dumps(content))
+    run_example("own-data.md")
+    train, val = (json.loads(Path(f"{name}.json").read_text()) for name in ("train", "val"))
+    assert (len(train["images"]), len(val["images"])) == (9, 2)
+    for key in ("images", "annotations"):
+        both = sorted([*train[key], *val[key]], key=lambda x: x["id"])
+        assert both == content[key]
+    for part in (train, val):
+        assert part["categories"] == content["categories"]
+        assert {x["image_id"] for x in part["annotations"]} <= {x["id"] for x in part["images"]}
 
 
 @pytest.fixture
