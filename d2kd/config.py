@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from typing import Dict, Iterator, Sequence
+from typing import Iterator, List, Sequence
 
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
@@ -145,14 +145,17 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.DATASETS.update(config_node(DATASETS_KEYS))
     cfg.RUN = config_node(RUN_KEYS)
     cfg.DISTILL = config_node(DISTILL_KEYS)
-    for name, method in _methods().items():
+    for name, method in DISTILLER_REGISTRY:
         cfg.DISTILL[name.upper()] = method.default_config()
     for old, (new, also) in _RENAMED.items():
         cfg.register_renamed_key(f"DISTILL.{old}", f"DISTILL.{new}", also or None)
 
 
-def _methods() -> Dict[str, type]:
-    return dict(DISTILLER_REGISTRY)
+def default_config() -> CfgNode:
+    """Detectron2's defaults with d2kd's keys."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    return cfg
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -164,9 +167,7 @@ def check_config(cfg: CfgNode) -> None:
         UserError: if a value of d2kd's keys is of the wrong type or out of its range, or any value
             of the whole config is missing, NaN or infinite.
     """
-    defaults = get_cfg()
-    add_distill_config(defaults)
-    check_values(cfg, defaults)
+    check_values(cfg, default_config())
     if cfg.MODEL.LOAD_PROPOSALS:  # a pickle, which Detectron2 reads by running what it says
         raise UserError(
             "MODEL.LOAD_PROPOSALS is True: files of proposals can run code when they are read; set "
@@ -181,8 +182,8 @@ def check_config(cfg: CfgNode) -> None:
     check_node(cfg.SOLVER, SOLVER_KEYS, "SOLVER")
     check_node(cfg.RUN, RUN_KEYS, "RUN")
     check_node(cfg.DISTILL, DISTILL_KEYS, "DISTILL")
-    for name, method in _methods().items():
-        method.check_config(cfg.DISTILL[name.upper()])
+    for _, method in DISTILLER_REGISTRY:
+        method.check_config(method.node_of(cfg))
 
 
 def read_config(name: str, opts: Sequence = (), opts_key: str = "command line") -> CfgNode:
@@ -197,8 +198,7 @@ def read_config(name: str, opts: Sequence = (), opts_key: str = "command line") 
     Raises:
         UserError: if there is no such file; see also :func:`load_yaml` and :func:`load_lazy`.
     """
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     path = resolve_config(name, "--config-file")
     load = load_lazy if is_python(path) else load_yaml
     load(cfg, path, opts, opts_key)
@@ -222,8 +222,7 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
     refuse_incomplete(program, path)
     with in_words_of(lazy=True):
         cfg.MODEL.META_ARCHITECTURE = _class_name(program.model, path)
-        for name, method in _methods().items():
-            method.use_defaults_of(cfg.DISTILL[name.upper()], cfg.MODEL.META_ARCHITECTURE)
+        _use_defaults_of(cfg, cfg.MODEL.META_ARCHITECTURE)
         with _in_one_line(cfg, f"{path} and {opts_key}" if opts else path):
             values = CfgNode(values_of(program))
             whole_numbers_as_floats(cfg, values)
@@ -278,8 +277,7 @@ def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
     # Which architecture it is decides about defaults, which the file and the overrides come before.
     draft = cfg.clone()
     _merge(draft, path, opts, opts_key)
-    for name, method in _methods().items():
-        method.use_defaults_of(cfg.DISTILL[name.upper()], draft.MODEL.META_ARCHITECTURE)
+    _use_defaults_of(cfg, draft.MODEL.META_ARCHITECTURE)
     _merge(cfg, path, opts, opts_key)
     check_config(cfg)
     resolve_datasets(cfg)
@@ -289,17 +287,31 @@ def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
     _set_output_dir(cfg, path)
 
 
+def _use_defaults_of(cfg: CfgNode, architecture: str) -> None:
+    """Those of every method for that kind of student."""
+    for _, method in DISTILLER_REGISTRY:
+        method.use_defaults_of(method.node_of(cfg), architecture)
+
+
 def _set_output_dir(cfg: CfgNode, path: str) -> None:
     if cfg.OUTPUT_DIR == get_cfg().OUTPUT_DIR:
         cfg.OUTPUT_DIR = run_folder(path)
 
 
+def class_heads(cfg: CfgNode) -> List[str]:
+    """The nodes below ``MODEL`` that tell the number of object classes, whichever one is built."""
+    return [
+        name
+        for name, node in cfg.MODEL.items()
+        if isinstance(node, CfgNode) and "NUM_CLASSES" in node and name != "SEM_SEG_HEAD"
+    ]
+
+
 def _set_num_classes(cfg: CfgNode, number: int) -> None:
     """In every head, so that whichever one the student has follows its data."""
     if number:
-        for name, node in cfg.MODEL.items():
-            if isinstance(node, CfgNode) and "NUM_CLASSES" in node and name != "SEM_SEG_HEAD":
-                node.NUM_CLASSES = number
+        for head in class_heads(cfg):
+            cfg.MODEL[head].NUM_CLASSES = number
 
 
 def _merge(cfg: CfgNode, path: str, opts: Sequence, opts_key: str) -> None:

@@ -9,7 +9,7 @@ class UserError(ValueError):
     """A mistake in a config, a file or a command line.
 
     The message is one line that names the key or file, what was found, what was expected and
-    what to do. ``train_net.py`` prints it without a traceback (``--debug`` shows the traceback).
+    what to do. ``d2kd`` prints it without a traceback (``--debug`` shows the traceback).
     """
 
 

@@ -3,10 +3,10 @@
 import os
 from typing import Set, Tuple
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
-from d2kd.config import SOLVER_KEYS, add_distill_config
+from d2kd.config import SOLVER_KEYS, default_config
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.modeling.config import NODES
 
@@ -42,8 +42,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     Args:
         cfg: the config of a run.
     """
-    cfg, defaults = cfg.clone(), get_cfg()
-    add_distill_config(defaults)
+    cfg, defaults = cfg.clone(), default_config()
     cfg.defrost()
     cfg.MODEL.TIMM.PRETRAINED = False  # the run's own weights fill everything
     for name in set(NODES) - _nodes_read(cfg):

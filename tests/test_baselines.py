@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.config import read_config
 from d2kd.distillation import build_detector
 from d2kd.model_zoo import CONFIG_DIRS, resolve_config
 from d2kd.modeling.backbone.fpn import LastLevelP6P7WithoutReLU
@@ -32,16 +32,9 @@ BASELINES = {
 }
 
 
-def read(path, opts=()):
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, path, list(opts))
-    return cfg
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_builds_what_its_name_says(name):
-    cfg = read(BASELINES[name], ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
+    cfg = read_config(BASELINES[name], ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
     assert f"output/{name}" == cfg.OUTPUT_DIR
     words = os.path.basename(name).split("_")
     assert ITERATIONS[words[-1]] == cfg.SOLVER.MAX_ITER
@@ -61,7 +54,7 @@ PAPERS = [name for name in BASELINES if name.startswith("baselines/") and "zoo" 
 @pytest.mark.parametrize("name", PAPERS)
 def test_is_trained_as_in_mmdetection(name):
     """But Detectron2's own FCOS."""
-    cfg = read(BASELINES[name], ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
+    cfg = read_config(BASELINES[name], ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
     with torch.device("meta"):
         detector = build_detector(cfg)
     own_fcos = type(detector).__name__ == "FCOS"
@@ -80,7 +73,7 @@ def test_baselines_of_the_zoo_are_detectron2s(name):
     theirs = get_cfg()
     path = resolve_config(f"COCO-Detection/{name}_1x.yaml", "test")
     theirs.merge_from_file(path, allow_unsafe=True)
-    ours = read(BASELINES[f"baselines/{name}_zoo_1x"])
+    ours = read_config(BASELINES[f"baselines/{name}_zoo_1x"])
     ours.MODEL.ROI_MASK_HEAD = theirs.MODEL.ROI_MASK_HEAD  # nobody reads it
     ours.MODEL.ANCHOR_GENERATOR.SIZES = [
         [pytest.approx(x, abs=1e-6) for x in sizes] for sizes in ours.MODEL.ANCHOR_GENERATOR.SIZES

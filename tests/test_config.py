@@ -1,10 +1,9 @@
 """Reading configs: renamed keys are answered with today's names, and 0 is a number like 0.0."""
 
 import pytest
-from detectron2.config import get_cfg
 from toys import STUDENTS
 
-from d2kd.config import add_distill_config, read_config
+from d2kd.config import default_config, read_config
 from d2kd.errors import UserError
 
 # As in the table of CHANGELOG.md for 0.2.0
@@ -36,8 +35,7 @@ def test_a_renamed_key_is_refused_with_its_new_name(tmp_path, old, new):
 
 
 def test_every_rename_leads_to_a_key():
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     for new in RENAMED.values():
         node, key = new.split(" ")[0].split(".")
         assert key in cfg.DISTILL[node]

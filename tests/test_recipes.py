@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.config import read_config
 from d2kd.distillation.build import build_detector, build_teacher_detector
 from d2kd.evidence.rows import read_rows, read_table
 from d2kd.methods import DISTILLER_REGISTRY
@@ -34,11 +33,12 @@ for table, path in TABLES.items():
     CASES.update({f"{table}: {row.label}": (row.config, row.opts) for row in rows})
 
 
-def read(path, opts=()):
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, path, list(opts))
-    return cfg
+def trained_here(name):
+    """The name of the recipe whose teacher is trained here instead of published."""
+    return name.replace("-mmdet_", "_")
+
+
+PUBLISHED_AND_TRAINED = [n for n in RECIPES if "-mmdet_" in n and trained_here(n) in RECIPES]
 
 
 def test_there_are_recipes_of_every_method():
@@ -71,21 +71,18 @@ def test_repeats_nothing_that_follows_from_its_place(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_teacher_of_a_recipe_exists(name):
-    cfg = read(RECIPES[name])
+    cfg = read_config(RECIPES[name])
     assert f"output/{os.path.splitext(name)[0]}" == cfg.OUTPUT_DIR
     path = resolve_config(cfg.DISTILL.TEACHER.CONFIG, "test")
     if cfg.DISTILL.TEACHER.CONFIG in CONFIGS:
         folder = os.path.basename(os.path.dirname(path))
         assert folder == ("mmdet" if "-mmdet_" in name else "baselines")
-        assert read(path).DATASETS.TEST == cfg.DATASETS.TEST
+        assert read_config(path).DATASETS.TEST == cfg.DATASETS.TEST
 
 
-@pytest.mark.parametrize("name", [n for n in RECIPES if n.replace("-mmdet_", "_") != n])
+@pytest.mark.parametrize("name", PUBLISHED_AND_TRAINED)
 def test_published_and_trained_teacher_are_all_that_differs(name):
-    path = RECIPES.get(name.replace("-mmdet_", "_"))
-    if path is None:  # a teacher that is not trained here
-        return
-    published, trained = read(RECIPES[name]), read(path)
+    published, trained = read_config(RECIPES[name]), read_config(RECIPES[trained_here(name)])
     config = published.DISTILL.TEACHER.CONFIG
     assert config.replace("mmdet/", "baselines/") == trained.DISTILL.TEACHER.CONFIG
     published.DISTILL.TEACHER.CONFIG = trained.DISTILL.TEACHER.CONFIG
@@ -96,18 +93,18 @@ def test_published_and_trained_teacher_are_all_that_differs(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_of_a_table_changes_something(name):
     plain, *rows = read_rows(TABLES[name])
-    assert read(plain.config).DISTILL.METHODS == []
+    assert read_config(plain.config).DISTILL.METHODS == []
     assert {row.config.replace(".yaml", "_ablation.yaml") for row in rows} == {TABLES[name]}
-    texts = [read(row.config, row.opts).dump() for row in rows]
+    texts = [read_config(row.config, row.opts).dump() for row in rows]
     assert len(set(texts)) == len(rows)
     # One row is the recipe itself
-    assert texts.count(read(rows[0].config).dump()) == 1
+    assert texts.count(read_config(rows[0].config).dump()) == 1
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pair_fits(case):
     path, opts = CASES[case]
-    cfg = read(path, [*opts, "MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
+    cfg = read_config(path, [*opts, "MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", False])
     with torch.device("meta"):  # shapes only
         student = build_family(build_detector(cfg))
         teacher = build_family(build_teacher_detector(cfg)[0])
@@ -115,7 +112,6 @@ def test_pair_fits(case):
         for name in cfg.DISTILL.METHODS:
             method, node = DISTILLER_REGISTRY.get(name), cfg.DISTILL[name.upper()]
             method.check_config(node)
-            method.check_pair(node, student, teacher)
             reads = method.reads(node, student, teacher)
             for term in reads.values():
                 student.observed(term.student)  # raises CannotRead if it has none

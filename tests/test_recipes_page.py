@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import yaml
-from detectron2.config import get_cfg
 
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.catalogue.known_numbers import published
+from d2kd.config import read_config
 
 sys.path.append(os.path.join(os.path.dirname(__file__), os.pardir, "tools"))
 import recipes_page
@@ -27,10 +27,7 @@ def header(config):
 
 
 def read(config, opts=()):
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, str(ROOT / config), list(opts))
-    return cfg
+    return read_config(str(ROOT / config), opts)
 
 
 def test_is_up_to_date():
@@ -51,7 +48,7 @@ def test_numbers_stand_in_the_header(name):
         assert entry.get(key) is None or str(entry[key]) in text, key
     config, baseline = recipes_page.teacher_of(name), recipes_page.baseline_of(name)
     if entry.get("ap") and not config.startswith("COCO-Detection/"):
-        ap = entry.get("weights") or recipes_page.published(DATA, config)
+        ap = entry.get("weights") or published(config)
         assert ap is None or str(ap) in text + header(config)
     if entry.get("ap") and "plain" not in entry:
         assert str(DATA["published"].get(baseline, "")) in text

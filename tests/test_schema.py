@@ -3,10 +3,10 @@
 import math
 
 import pytest
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from toys import STUDENTS, config
 
-from d2kd.config import add_distill_config, check_config
+from d2kd.config import check_config, default_config
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.schema import Key, check_node, check_values, config_node, walk
@@ -151,8 +151,7 @@ def test_values_are_checked_when_a_config_is_read():
 
 
 def test_values_are_checked_when_a_config_was_changed_in_python():
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     check_config(cfg)
     cfg.DISTILL.FRS.FEATURE.WEIGHT = -1.0
     with pytest.raises(UserError, match="DISTILL.FRS.FEATURE.WEIGHT is -1.0: give 0 or more"):

@@ -1,13 +1,11 @@
 """Small detectors, batches and configs that many tests share."""
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.config import read_config
 from d2kd.distillation import build_detector
-from d2kd.model_zoo import resolve_config
 
 # One small student per family, as shipped for the embedded benchmark
 STUDENTS = {
@@ -24,10 +22,7 @@ SMALLER = ["MODEL.ROI_BOX_HEAD.FC_DIM", 16]
 
 def config(name, opts=()):
     """The config of a shipped YAML with overrides."""
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, resolve_config(name, "test"), [*SMALLER, "MODEL.DEVICE", "cpu", *opts])
-    return cfg
+    return read_config(name, [*SMALLER, "MODEL.DEVICE", "cpu", *opts])
 
 
 def detector(name, opts=(), seed=0):

@@ -10,23 +10,20 @@ with the teacher's statistics of each image, through the rest of the teacher's t
 """
 
 import argparse
-import contextlib
-import io
-from typing import Dict, List
+from typing import List
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling.postprocessing import detector_postprocess
 from tabulate import tabulate
 from torch import nn
 
+from d2kd.checkpoint import load_trained_weights
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.distillation.teacher import TeacherPass
-from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
 from d2kd.evidence.runs import METRICS
-from d2kd.evidence.tables import fill
+from d2kd.evidence.tables import evaluate
 from d2kd.views import Recorder, StudentView
 
 
@@ -59,13 +56,6 @@ class CrossDetector(nn.Module):
         ]
 
 
-def evaluate(cfg: CfgNode, detector: nn.Module) -> Dict[str, float]:
-    """The metrics on ``DATASETS.TEST``."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = DistillTrainer.test(cfg, detector)["bbox"]
-    return {m: results[m] for m in METRICS}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", help="a recipe of CrossKD")
@@ -78,7 +68,7 @@ def main() -> None:
             raise UserError(f"DISTILL.METHODS is {list(cfg.DISTILL.METHODS)}: CrossKD is not in it")
         if model.distillers["CrossKD"].adapters:
             raise UserError("student and teacher have towers of different width: give equal ones")
-        fill(model.student, cfg.MODEL.WEIGHTS)
+        load_trained_weights(model.student, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", args.config)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
     detectors = {"student's own head": model.student, "teacher's head": CrossDetector(model)}

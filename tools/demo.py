@@ -14,13 +14,15 @@ import matplotlib
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode, Instances
+from torch import nn
 
+from d2kd.checkpoint import load_trained_weights
 from d2kd.config import read_config
 from d2kd.distillation import build_detector
 from d2kd.evidence.cells import Cell, cell_of, parameters
 from d2kd.evidence.rows import row_of
 from d2kd.evidence.runs import Run, scalars, train_row
-from d2kd.evidence.tables import evaluate, fill, table
+from d2kd.evidence.tables import evaluate, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -57,6 +59,13 @@ def plot_curves(runs: Dict[str, Run], teacher_ap: float, path: str) -> None:
     plt.savefig(path, dpi=110)
 
 
+def trained(config_file: str, weights: str) -> nn.Module:
+    """A detector with its trained weights, in eval mode."""
+    detector = build_detector(read_config(config_file)).eval()
+    load_trained_weights(detector, weights, "the weights", config_file)
+    return detector
+
+
 @torch.no_grad()
 def draw_detections(detectors: Dict[str, tuple], path: str, num_images: int = 4) -> None:
     """Ground truth and detections side by side, one image per row. Of every detector, as many
@@ -74,8 +83,7 @@ def draw_detections(detectors: Dict[str, tuple], path: str, num_images: int = 4)
     columns = {"ground truth": [[_object(a) for a in d["annotations"]] for d in dicts]}
     inputs = [{"image": torch.from_numpy(i.transpose(2, 0, 1).copy())} for i in images]
     for label, (config_file, weights) in detectors.items():
-        detector = build_detector(read_config(config_file)).eval()
-        fill(detector, weights)
+        detector = trained(config_file, weights)
         columns[label] = [_best(output["instances"], 3) for output in detector(inputs)]
 
     figure, axes = plt.subplots(num_images, len(columns), figsize=(11, 11 * num_images / 4))
@@ -115,7 +123,7 @@ def main() -> None:
     rows = {label: row_of(config) for label, config in STUDENTS.items()}
     runs = {label: train_row(row, 1, OUTPUT, OPTS) for label, row in rows.items()}
     cells = {label: [cell_of(label, rows[label], 1, run, OPTS)] for label, run in runs.items()}
-    results = evaluate(TEACHER, TEACHER_WEIGHTS)
+    results = evaluate(read_config(TEACHER), trained(TEACHER, TEACHER_WEIGHTS))
     teacher = Cell("teacher", TEACHER, [], 1, results, 0.0, parameters(TEACHER), {})
     text = table({"teacher": [teacher], **cells}, baseline="plain student")
     with open(os.path.join(OUTPUT, "table.md"), "w") as f:

@@ -11,13 +11,15 @@ import argparse
 import sys
 from decimal import Decimal
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import yaml
 
+from d2kd.catalogue.configs import ABLATION, bases, configs, recipes
+from d2kd.catalogue.known_numbers import published
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS, DATA, PAGE = ROOT / "configs", ROOT / "docs/recipes.yaml", ROOT / "docs/recipes.md"
-ABLATION = "_ablation"
 
 INTRODUCTION = """\
 # Recipes
@@ -84,40 +86,21 @@ def stem(path: Path) -> str:
     return path.relative_to(CONFIGS).with_suffix("").as_posix()
 
 
-def files(name: str) -> Iterator[Path]:
-    """A config and what it is based on, in the order in which values win."""
-    path = CONFIGS / f"{name}.yaml"
-    bases = yaml.safe_load(path.read_text()).get("_BASE_", [])
-    yield path
-    for base in [bases] if isinstance(bases, str) else reversed(bases):
-        yield from files(stem((path.parent / base).resolve()))
-
-
 def teacher_of(recipe: str) -> str:
     """``mmdet/retinanet_R_101_FPN_2x.yaml``, as the recipe names it."""
-    for path in files(recipe):
-        distill = yaml.safe_load(path.read_text()).get("DISTILL", {})
-        if distill.get("TEACHER", {}).get("CONFIG"):
-            return distill["TEACHER"]["CONFIG"]
-    raise ValueError(f"{recipe} names no teacher")
+    return configs()[recipe].teacher
 
 
 def baseline_of(recipe: str) -> str:
     """``baselines/retinanet_R_50_FPN_2x.yaml``: the plain student that a recipe is based on."""
-    return next(f"{stem(p)}.yaml" for p in files(recipe) if p.parent.name == "baselines")
+    names = (config.file for config in bases(configs()[recipe]))
+    return next(name for name in names if Path(name).parent.name == "baselines")
 
 
 def iterations_of(recipe: str) -> int:
     """``SOLVER.MAX_ITER`` of a recipe."""
-    solvers = (yaml.safe_load(path.read_text()).get("SOLVER", {}) for path in files(recipe))
+    solvers = (config.own.get("SOLVER", {}) for config in bases(configs()[recipe]))
     return next(solver["MAX_ITER"] for solver in solvers if "MAX_ITER" in solver)
-
-
-def recipes() -> List[str]:
-    """All recipes by name, those of the embedded benchmark last."""
-    paths = [p for p in CONFIGS.rglob("*.yaml") if not p.stem.endswith(ABLATION)]
-    names = sorted(stem(p) for p in paths if "DISTILL:" in p.read_text())
-    return sorted(names, key=lambda name: name.startswith("shapes/"))
 
 
 def tables() -> List[str]:
@@ -137,18 +120,13 @@ def check(data: Dict) -> None:
     Raises:
         SystemExit: for a recipe without an entry, or an entry without a recipe.
     """
-    on_coco = [name for name in recipes() if not name.startswith("shapes/")]
+    on_coco = [r.name for r in recipes() if not r.name.startswith("shapes/")]
     variants = {trained_variant(name) for name in on_coco}
     for kind, there in (("recipes", set(on_coco) - variants), ("tables", set(tables()))):
         listed = set(data[kind])
         for name in sorted(there ^ listed):
             what = "has no entry" if name in there else "does not exist"
             sys.exit(f"docs/recipes.yaml, {kind}: configs/{name}.yaml {what}")
-
-
-def published(data: Dict, config: str) -> Optional[float]:
-    """AP of a detector; that of MMDetection's files is that of the same settings."""
-    return data["published"].get(config.replace("mmdet/", "baselines/"))
 
 
 def link(config: str, text: str = "") -> str:
@@ -160,7 +138,7 @@ def link(config: str, text: str = "") -> str:
 
 def teacher_cell(data: Dict, recipe: str) -> str:
     config, entry = teacher_of(recipe), data["recipes"].get(recipe, {})
-    ap, other = entry.get("weights", published(data, config)), entry.get("teacher")
+    ap, other = entry.get("weights", published(config)), entry.get("teacher")
     folder = config.split("/")[0]
     origin = {"mmdet": "MMDetection's", "baselines": "trained"}.get(folder, "Detectron2's")
     return f"{link(config)}{numbers(ap, other)}; *{origin}*"
@@ -184,7 +162,7 @@ def recipe_row(data: Dict, recipe: str) -> List[str]:
     variant = trained_variant(recipe)
     source = ", unsure: ".join(str(entry[x]) for x in ("source", "doubt") if entry.get(x))
     run = [f"{entry[x]} {unit}" for x, unit in (("memory", "GB"), ("hours", "h")) if entry.get(x)]
-    own = published(data, baseline)
+    own = published(baseline)
     plain = entry.get("plain", own)
     return [
         link(f"{recipe}.yaml")
@@ -248,11 +226,11 @@ def commands(data: Dict, folder: str) -> str:
 
     lines = []
     if teacher.startswith("mmdet/"):
-        ap = published(data, teacher)
+        ap = published(teacher)
         lines += train(teacher, f"the teacher as published: should have {ap} AP", "--eval-only")
     elif teacher.startswith("baselines/"):
-        lines += train(teacher, named("the teacher", published(data, teacher)))
-    plain = entry.get("plain", published(data, baseline))
+        lines += train(teacher, named("the teacher", published(teacher)))
+    plain = entry.get("plain", published(baseline))
     lines += train(baseline, named("the plain student", plain))
     lines += train(f"{recipe}.yaml", named(f"with {method['name']}", entry.get("ap")))
     block = "\n".join(["<!-- needs: COCO, GPU -->", "```sh", *lines, "```"])
@@ -261,9 +239,9 @@ def commands(data: Dict, folder: str) -> str:
 
 def embedded() -> str:
     rows = []
-    for name in recipes():
-        if name.startswith("shapes/"):
-            cells = [f"{name}.yaml", teacher_of(name), baseline_of(name)]
+    for recipe in recipes():
+        if recipe.name.startswith("shapes/"):
+            cells = [recipe.file, recipe.teacher, baseline_of(recipe.name)]
             rows.append([link(x, x[len("shapes/") : -len(".yaml")]) for x in cells])
     return EMBEDDED + "\n" + markdown(("recipe", "teacher", "baseline"), rows)
 

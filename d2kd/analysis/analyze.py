@@ -1,7 +1,5 @@
 """A run's student beside its teacher and beside the student that learned alone."""
 
-import contextlib
-import io
 import math
 import os
 import tempfile
@@ -12,12 +10,11 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from d2kd.data.check import check_evaluation
 from d2kd.distillation import build_teacher
 from d2kd.engine import DistillTrainer
 from d2kd.engine.metrics import read_metrics
+from d2kd.engine.preflight import refuse_no_evaluation
 from d2kd.engine.runs import TrainedRun
-from d2kd.engine.trainer import EVALUATORS
 from d2kd.errors import UserError
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.prediction import Predictor, images_at_hand
@@ -125,7 +122,7 @@ def analyze(
     if cfg.DISTILL.METHODS:
         contenders.insert(0, _teacher(cfg, student))
     if evaluate:
-        check_evaluation(cfg, EVALUATORS)
+        refuse_no_evaluation(cfg)
         contenders = [x._replace(ap=evaluated_ap(x) if x.ap is None else x.ap) for x in contenders]
 
     image = images_at_hand(cfg, 1)[0]
@@ -205,7 +202,7 @@ def evaluated_ap(contender: _Contender) -> Optional[float]:
     cfg = contender.cfg.clone()
     cfg.DATASETS.TEST = cfg.DATASETS.TEST[:1]
     print(f"Evaluating the {contender.label} on {cfg.DATASETS.TEST[0]} ...", flush=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         cfg.OUTPUT_DIR = folder
         results = DistillTrainer.test(cfg, contender.detector)
     ap = results.get("bbox", {}).get("AP", math.nan)

@@ -74,10 +74,10 @@ def recipes() -> List[Config]:
 
 
 def bases(config: Config) -> Iterator[Config]:
-    """A config and what it is based on, nearest first."""
+    """A config and what it is based on, in the order in which values win."""
     yield config
     named = config.own.get("_BASE_", [])
-    for base in [named] if isinstance(named, str) else named:
+    for base in [named] if isinstance(named, str) else reversed(named):
         path = os.path.normpath(os.path.join(os.path.dirname(config.path), base))
         name = next((x.name for x in configs().values() if x.path == path), None)
         if name:

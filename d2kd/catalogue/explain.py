@@ -5,9 +5,9 @@ import textwrap
 from typing import Iterator, List
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from d2kd.config import add_distill_config
+from d2kd.config import default_config
 from d2kd.errors import UserError, nearest
 from d2kd.schema import get_value
 
@@ -70,8 +70,7 @@ def _reported(config: Config) -> Iterator[str]:
 
 def _explain_key(name: str) -> str:
     """ "" if there is no such key."""
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     try:
         value = get_value(cfg, name)
     except (KeyError, TypeError):

@@ -29,13 +29,12 @@ def build_for_training(cfg: CfgNode) -> nn.Module:
     return build_model(cfg).train()
 
 
-def try_on_noise(cfg: CfgNode, model: nn.Module, steps: int = 2) -> None:
-    """Takes steps on images of noise, with a learning rate of 0: there is nothing to be learned.
+def try_on_noise(cfg: CfgNode, model: nn.Module) -> None:
+    """Two steps on images of noise, with a learning rate of 0: there is nothing to be learned.
 
     Args:
         cfg: of a run.
         model: from :func:`build_for_training`; changed.
-        steps: how many.
 
     Raises:
         LossNotFinite: for a loss that is not.
@@ -46,7 +45,7 @@ def try_on_noise(cfg: CfgNode, model: nn.Module, steps: int = 2) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     with EventStorage(1):
-        for _ in range(steps):
+        for _ in range(2):
             losses = model(noise(cfg))
             for name, loss in losses.items():
                 if not torch.isfinite(loss):

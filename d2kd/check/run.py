@@ -11,15 +11,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from d2kd.checkpoint import refuse_occupied
-from d2kd.data.check import check_dataset_names, check_evaluation
+from d2kd.data.check import check_dataset_names
 from d2kd.data.findings import ERROR, WARNING, Finding, count
 from d2kd.data.images import check_images
 from d2kd.data.loader import images_per_process
 from d2kd.data.sets import look_into
 from d2kd.distillation.build import distilled_methods
-from d2kd.engine.preflight import refuse_settings
+from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
 from d2kd.engine.scaling import scale_to_processes
-from d2kd.engine.trainer import evaluator_kinds
 from d2kd.errors import UserError, reason
 from d2kd.one_line import LOGGERS
 
@@ -201,7 +200,7 @@ def _of_one_process(cfg: CfgNode, num_gpus: int, folder: str) -> CfgNode:
 
 
 def _evaluation(cfg: CfgNode) -> List[str]:
-    check_evaluation(cfg, evaluator_kinds(cfg))
+    refuse_no_evaluation(cfg)
     lines = []
     for name in cfg.DATASETS.TEST:
         ap, most = ap_of_annotations(cfg, name), _most_objects(name)

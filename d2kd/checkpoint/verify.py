@@ -2,12 +2,12 @@
 nor strides nor classes."""
 
 import math
-import re
 from typing import Any, Mapping, Optional, Sequence
 
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
+from d2kd.data.classes import plain_name
 from d2kd.errors import UserError
 from d2kd.modeling.backbone.fpn import LastLevelP6P7WithoutReLU
 from d2kd.modeling.meta_arch import PaperFCOS
@@ -161,14 +161,10 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, str) and isinstance(b, str):
-        return _plain(a) == _plain(b)
+        return plain_name(a) == plain_name(b)
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
         return math.isclose(a, b, rel_tol=1e-3)
     return a == b
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).lower()
 
 
 def _difference(name: str, wanted: Any, found: Any) -> str:

@@ -19,16 +19,8 @@ BAD_IMAGES = "bad_images"
 Mapper = Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]
 
 
-class CannotRead(Exception):
-    """The image of a dict cannot be read.
-
-    Attributes:
-        problem: why.
-    """
-
-    def __init__(self, problem: str):
-        super().__init__(problem)
-        self.problem = problem
+class BadImage(Exception):
+    """The image of a dict cannot be read. The message says why, for people."""
 
 
 def makes_white(mapper: Mapper) -> bool:
@@ -45,18 +37,18 @@ def mapped(entry: Dict[str, Any], mapper: Mapper, refuse_deep: bool) -> Optional
         refuse_deep: images of more than 8 bits per channel cannot be read.
 
     Raises:
-        CannotRead: if its image is to blame that there is nothing.
+        BadImage: if its image is to blame that there is nothing.
     """
     deep = refuse_deep and too_deep(entry.get("file_name", ""))
     if deep:
-        raise CannotRead(deep.message)
+        raise BadImage(deep.message)
     try:
         return mapper(entry)
     except Exception as error:
         problem = check_image(entry)
         if problem is None or (problem.severity != ERROR and problem.kind != A_STRIP):
             raise  # the image is not to blame
-        raise CannotRead(problem.message) from error
+        raise BadImage(problem.message) from error
 
 
 class NamingMapper:
@@ -68,8 +60,8 @@ class NamingMapper:
     def __call__(self, entry: Dict[str, Any]) -> Dict[str, Any]:
         try:
             return mapped(entry, self.mapper, self.refuse_deep)
-        except CannotRead as error:
-            return {**entry, BAD_IMAGES: [(entry["file_name"], error.problem)]}
+        except BadImage as problem:
+            return {**entry, BAD_IMAGES: [(entry["file_name"], str(problem))]}
 
 
 class NamingLoader:

@@ -1,7 +1,7 @@
 """Load the training set once, and turn the usual troubles with data into one-line errors."""
 
 import logging
-from typing import Callable, Collection, Iterable, List, Optional, Sequence
+from typing import Callable, Iterable, List, Optional, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
@@ -66,7 +66,7 @@ def load_training_dicts(cfg, load: Optional[Callable[[], List[dict]]] = None) ->
         )
     _check_annotated(dicts, names)
     _check_inside(dicts, names, "DATASETS.TRAIN")
-    _check_quickly(dicts, names, "DATASETS.TRAIN", cfg.RUN.SKIP_BAD_IMAGES if "RUN" in cfg else 0)
+    _check_quickly(dicts, names, "DATASETS.TRAIN", cfg.RUN.SKIP_BAD_IMAGES)
     return dicts
 
 
@@ -76,7 +76,6 @@ def _load_filtered(cfg) -> List[dict]:
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
 
 
@@ -113,18 +112,17 @@ def check_annotation_files(cfg, training: bool = True) -> None:
                 refuse_errors(findings, f"DATASETS.{key}")
 
 
-def check_evaluation(cfg, kinds: Optional[Collection[str]], training: bool = True) -> None:
+def check_evaluation(cfg, training: bool = True) -> None:
     """Reads the sets of DATASETS.TEST, so that a run does not find out at its end that it cannot
     be evaluated.
 
     Args:
         cfg: of a run.
-        kinds: of evaluators that there are; None if the config brings its own.
         training: it is a run that trains, with the same classes.
 
     Raises:
-        UserError: unknown names or evaluators, missing or corrupt files, other classes than those
-            that are trained.
+        UserError: unknown names, missing or corrupt files, other classes than those that are
+            trained.
     """
     check_dataset_names(cfg, training)
     for name in cfg.DATASETS.TEST:
@@ -134,12 +132,6 @@ def check_evaluation(cfg, kinds: Optional[Collection[str]], training: bool = Tru
             raise UserError(f"DATASETS.TEST: {error}") from error
         except LOADING_ERRORS as error:
             raise UserError(f"DATASETS.TEST: {why_not_loaded(error, [name])}") from error
-        kind = MetadataCatalog.get(name).get("evaluator_type", "none")
-        if kinds is not None and kind not in kinds:
-            raise UserError(
-                f"DATASETS.TEST names '{name}', whose evaluator_type is '{kind}': d2kd evaluates "
-                f"{', '.join(kinds)}"
-            )
         if not dicts:
             raise UserError(f"DATASETS.TEST: {name} holds no image")
         if not any("annotations" in d for d in dicts):

@@ -1,5 +1,6 @@
 """The classes of data sets."""
 
+import re
 from typing import Sequence, Tuple
 
 from detectron2.data import MetadataCatalog
@@ -13,3 +14,8 @@ def class_names_of(names: Sequence[str]) -> Tuple[str, ...]:
         names: of registered data sets.
     """
     return tuple(MetadataCatalog.get(names[0]).get("thing_classes", ())) if names else ()
+
+
+def plain_name(name: str) -> str:
+    """A class's name without case, spaces, hyphens and underscores, by which names are compared."""
+    return re.sub(r"[\s_-]+", "", name).lower()

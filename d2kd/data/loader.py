@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import Dataset, get_worker_info
 
-from d2kd.data.bad_images import BAD_IMAGES, CannotRead, makes_white, mapped
+from d2kd.data.bad_images import BAD_IMAGES, BadImage, makes_white, mapped
 from d2kd.data.check import load_training_dicts
 from d2kd.data.stream import Sample, StreamFrom, delivery_order, replay
 from d2kd.errors import UserError
@@ -111,8 +111,7 @@ class ResumableLoader:
         """Load DATASETS.TRAIN, unless dicts are given; Detectron2 chooses sampler and mapper."""
         dataset = load_training_dicts(cfg) if dataset is None else dataset
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
-        skip = cfg.RUN.SKIP_BAD_IMAGES if "RUN" in cfg else 0
-        return {**parts, "seed": cfg.SEED, "skip_bad_images": skip}
+        return {**parts, "seed": cfg.SEED, "skip_bad_images": cfg.RUN.SKIP_BAD_IMAGES}
 
     def __iter__(self) -> Iterator[List[dict]]:
         delivered, waiting = replay(
@@ -186,8 +185,8 @@ class _SeededDataset(Dataset):
                 sample = mapped(entry, self.mapper, self.refuse_deep and index not in self._known)
                 self._known.add(index)
                 index = random.randrange(len(self)) if sample is None else index
-            except CannotRead as error:
-                bad.append((entry["file_name"], error.problem))
+            except BadImage as problem:
+                bad.append((entry["file_name"], str(problem)))
                 if not self.skip or len(bad) == len(self):
                     sample = {k: entry[k] for k in ("file_name", "width", "height")}
                 index = self._next_alike(index, entry)

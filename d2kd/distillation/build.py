@@ -6,13 +6,13 @@ import traceback
 from typing import Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig
 from torch import nn
 
 from d2kd.checkpoint import load_teacher_weights
-from d2kd.config import add_distill_config, check_config, load_yaml
+from d2kd.config import check_config, read_config
 from d2kd.data.classes import class_names_of
 from d2kd.errors import UserError, nearest, reason
 from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
@@ -154,11 +154,7 @@ def distilled_methods(cfg: CfgNode) -> Dict[str, type]:
         if name in methods:
             raise UserError(f"DISTILL.METHODS names '{name}' twice: list it once")
         methods[name] = known[name]
-    return {n: cls for n, cls in methods.items() if cls.enabled_terms(_node(cfg, n))}
-
-
-def _node(cfg: CfgNode, method: str) -> CfgNode:
-    return cfg.DISTILL[method.upper()]
+    return {n: cls for n, cls in methods.items() if cls.enabled_terms(cls.node_of(cfg))}
 
 
 def build_teacher_student_parts(cfg: CfgNode) -> Dict:
@@ -172,7 +168,7 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
         reads = declared_reads(cfg, family, build_family(source.detector))
         teacher = _fill_teacher(cfg, source, student, reads)
         distillers = {
-            name: method(_node(cfg, name), family, teacher.family)
+            name: method(method.node_of(cfg), family, teacher.family)
             for name, method in distilled_methods(cfg).items()
         }
         filled = [
@@ -187,7 +183,7 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
     }
     weights = {key: schedule.weight for key, schedule in schedules.items()}
     values = {
-        name: distiller.source_of_values(_node(cfg, name), cfg.MODEL.META_ARCHITECTURE)
+        name: distiller.source_of_values(distiller.node_of(cfg), cfg.MODEL.META_ARCHITECTURE)
         for name, distiller in distillers.items()
     }
     report = pair_report(
@@ -219,7 +215,7 @@ def declared_reads(cfg: CfgNode, student: Family, teacher: Family) -> Dict[Tuple
     """
     declared = {}
     for name, method in distilled_methods(cfg).items():
-        node = _node(cfg, name)
+        node = method.node_of(cfg)
         for term, reads in method.reads(node, student, teacher).items():
             _check_reads(method, node, term, reads, student, teacher)
             declared[name, term] = reads
@@ -234,7 +230,7 @@ def weights_on_classes(reads: Mapping[Tuple[str, str], Reads]) -> List[str]:
         reads: of every (method, term).
     """
     return [
-        f"{DISTILLER_REGISTRY.get(name).node_name()}.{term.upper()}.WEIGHT"
+        DISTILLER_REGISTRY.get(name).term_key(term)
         for (name, term), asked in reads.items()
         if asked.compares_classes
     ]
@@ -243,7 +239,7 @@ def weights_on_classes(reads: Mapping[Tuple[str, str], Reads]) -> List[str]:
 def _check_reads(
     method: type, node: CfgNode, term: str, reads: Reads, student: Family, teacher: Family
 ) -> None:
-    key = f"{method.node_name()}.{term.upper()}.WEIGHT"
+    key = method.term_key(term)
     for side, family, asked in (
         ("student", student, reads.student),
         ("teacher", teacher, reads.teacher),
@@ -255,30 +251,30 @@ def _check_reads(
                     raise CannotRead("only a student is assigned ground truth")
                 if side == "teacher" and isinstance(read, Proposals):
                     family.check_proposes()
-            except CannotRead as reason:
+            except CannotRead as why:
                 # The knob chooses which tower, stage or box head it is, not whether there is any.
                 chooses = bool(reads.knob) and isinstance(read, (Tower, Stage, Proposals, Regions))
                 knob = f"{method.node_name()}.{reads.knob}"
                 chosen = f" ({knob} is {node[reads.knob]!r})" if chooses else ""
                 remedy = f"change {knob}, set {key} to 0" if chooses else f"set {key} to 0"
                 raise UserError(
-                    f"{key} is not 0, but this term reads {read} of the {side}{chosen}: {reason}; "
+                    f"{key} is not 0, but this term reads {read} of the {side}{chosen}: {why}; "
                     f"{remedy}, or take another {side}"
-                ) from reason
+                ) from why
 
 
 def _build_schedule(cfg: CfgNode, distiller: Distiller, name: str, term: str) -> TermSchedule:
-    node = _node(cfg, name)[term.upper()]
+    node = distiller.node_of(cfg)[term.upper()]
     given, levels = len(node.LEVEL_WEIGHTS), distiller.levels_of(term)
     if given not in (0, levels):
         expected = f"give {levels}, one per FPN level, or" if levels else "this term has no levels,"
-        key = f"{distiller.node_name()}.{term.upper()}"
-        raise UserError(f"{key}.LEVEL_WEIGHTS has {given} numbers: {expected} none")
+        key = distiller.term_key(term, "LEVEL_WEIGHTS")
+        raise UserError(f"{key} has {given} numbers: {expected} none")
     full = node.START_ITER + node.WARMUP_ITERS
     if node.WARMUP_ITERS and full >= cfg.SOLVER.MAX_ITER:
         logger.warning(
-            f"{distiller.node_name()}.{term.upper()}.WARMUP_ITERS is {node.WARMUP_ITERS}, the run "
-            f"has {cfg.SOLVER.MAX_ITER} iterations: the term never has its whole weight"
+            f"{distiller.term_key(term, 'WARMUP_ITERS')} is {node.WARMUP_ITERS}, the run has "
+            f"{cfg.SOLVER.MAX_ITER} iterations: the term never has its whole weight"
         )
     return TermSchedule.from_config(node, cfg.SOLVER.MAX_ITER)
 
@@ -345,9 +341,7 @@ def build_teacher_detector(cfg: CfgNode) -> TeacherSource:
     weights = node.WEIGHTS or zoo_weights(path) or trained_weights(path)
     if is_python(path):
         return _lazy_teacher(path, node.OPTS, weights)
-    teacher_cfg = get_cfg()
-    add_distill_config(teacher_cfg)
-    load_yaml(teacher_cfg, path, node.OPTS, "DISTILL.TEACHER.OPTS")
+    teacher_cfg = read_config(path, node.OPTS, "DISTILL.TEACHER.OPTS")
     teacher_cfg.MODEL.TIMM.PRETRAINED = False  # its checkpoint fills everything
     detector = _build_architecture(teacher_cfg, path)
     weights = weights or teacher_cfg.MODEL.WEIGHTS or shipped_weights(path)

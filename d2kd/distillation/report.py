@@ -5,6 +5,7 @@ from typing import Dict, Iterable, List, Mapping, Sequence, Tuple
 from tabulate import tabulate
 
 from d2kd.methods import Distiller
+from d2kd.methods.core import loss_name
 from d2kd.views import Family, Read, Reads
 from d2kd.views.families import BRANCHES
 
@@ -67,7 +68,7 @@ def loss_rows(
     """The losses, under :data:`LOSS_HEADERS`; arguments as in :func:`pair_report`."""
     return [
         [
-            f"loss_{name}_{term}".lower(),
+            loss_name(name, term),
             weights[name, term],
             _words(reads[name, term].student),
             _words(reads[name, term].teacher),

@@ -14,7 +14,7 @@ from d2kd.errors import UserError
 from d2kd.layers import RandomStream
 from d2kd.layers.timing import Stopwatch
 from d2kd.methods import Distiller
-from d2kd.methods.core import Terms, TermSchedule
+from d2kd.methods.core import Terms, TermSchedule, loss_name, scalar_name
 from d2kd.views import Read, Reads, Recorder, StudentView, build_family
 
 from .balance import gradient_ratios
@@ -106,6 +106,7 @@ class TeacherStudent(nn.Module):
         """
         if not self.training:
             return self.student(batched_inputs)
+        self.last_terms = {}
         storage = get_event_storage()
         active = self.active_terms(storage.iter)
         self._idle = [d for name, d in self.distillers.items() if name not in active]
@@ -122,14 +123,14 @@ class TeacherStudent(nn.Module):
         run_backbone = watch.part("teacher")(teacher_pass.run_backbone)
         recorder = Recorder(self.family.observed(ours), self.family.backbone, run_backbone)
         with recorder:
-            losses = self.student(batched_inputs)
+            own = self.student(batched_inputs)
 
         targets = [x["instances"] for x in batched_inputs]
         sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         student = StudentView(self.family, ours, recorder, sizes, targets)
         with watch.part("teacher"):
             teacher = teacher_pass.finish(targets)
-        own, distilled = losses, {}
+        distilled: Dict[str, Tensor] = {}
         for name, terms in active.items():
             distiller = self.distillers[name]
             distiller.want(terms)
@@ -170,7 +171,7 @@ class TeacherStudent(nn.Module):
         for term, value in values.items():
             self.last_terms[name, term] = value.detach()
             weighted = self.schedules[name, term].apply(value, iteration)
-            losses[f"loss_{name}_{term}".lower()] = weighted
+            losses[loss_name(name, term)] = weighted
         return losses
 
     def _log_balance(
@@ -180,11 +181,11 @@ class TeacherStudent(nn.Module):
         levels: List[Tensor],
         storage: EventStorage,
     ) -> None:
-        """Logs :func:`gradient_ratios` as ``distill/<loss>/gradient``."""
+        """Logs the :func:`gradient_ratios` of the terms of this step."""
         ratios = gradient_ratios(sum(own.values()), distilled, levels)
-        for name, ratio in ratios.items():
-            short = name[len("loss_") :]
-            storage.put_scalar(f"distill/{short}/gradient", ratio.item(), smoothing_hint=False)
+        for key in self.last_terms if ratios else ():
+            ratio = ratios[loss_name(*key)].item()
+            storage.put_scalar(scalar_name(*key, "gradient"), ratio, smoothing_hint=False)
 
     def _touch_idle(self, losses: Dict[str, Tensor], active: Dict) -> Dict[str, Tensor]:
         """Ties the distillers that do not compute all of their terms to a loss, with gradient 0:

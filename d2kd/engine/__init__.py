@@ -1,4 +1,4 @@
-"""Training, evaluation, and the command line."""
+"""Training and evaluation."""
 
 from .trainer import DistillTrainer
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2kd.checkpoint import first_not_finite
 from d2kd.distillation import TeacherStudent
 from d2kd.errors import UserError
+from d2kd.methods.core import loss_name
 
 
 class _Pass(NamedTuple):
@@ -115,10 +116,10 @@ class FiniteLosses:
         return f"the {side}'s output was the first that is not finite (module {name}); {advice}"
 
 
-def _levels(loss_name: str, terms: Mapping[Tuple[str, str], Tensor]) -> str:
+def _levels(loss: str, terms: Mapping[Tuple[str, str], Tensor]) -> str:
     """The FPN levels of a term whose values are not finite."""
     for (method, term), values in terms.items():
-        if f"loss_{method}_{term}".lower() == loss_name and values.dim() == 1:
+        if loss == loss_name(method, term) and values.dim() == 1:
             levels = (~values.isfinite()).nonzero().flatten().tolist()
             return f" (on levels {levels} of {len(values)}, finest first)" if levels else ""
     return ""

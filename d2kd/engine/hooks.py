@@ -4,6 +4,7 @@ import logging
 import math
 import resource
 import sys
+from functools import partial
 from typing import List, Optional
 
 import torch
@@ -15,6 +16,7 @@ from d2kd.distillation import TeacherStudent
 from d2kd.errors import nearest
 from d2kd.layers.random import preserve_rng_state
 from d2kd.layers.timing import mean_seconds
+from d2kd.methods.core import scalar_name
 
 from .metrics import PERIOD
 
@@ -46,12 +48,12 @@ class ScheduleHook(HookBase):
             return
         storage = self.trainer.storage
         for (method, term), schedule in self._model.schedules.items():
-            prefix = f"distill/{method}_{term}".lower()
-            storage.put_scalar(f"{prefix}/weight", schedule(iteration), smoothing_hint=False)
+            name = partial(scalar_name, method, term)
+            storage.put_scalar(name("weight"), schedule(iteration), smoothing_hint=False)
             value = self._model.last_terms.get((method, term))
-            if value is not None and value.dim() == 1 and schedule.active(iteration):
+            if value is not None and value.dim() == 1:
                 for level, number in enumerate(value.tolist()):
-                    storage.put_scalar(f"{prefix}/level{level}", number)
+                    storage.put_scalar(name(f"level{level}"), number)
 
 
 class PreciseBN(hooks.PreciseBN):

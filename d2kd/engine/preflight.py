@@ -10,9 +10,10 @@ from d2kd.checkpoint import cannot_write
 from d2kd.data.check import check_annotation_files, check_dataset_names, check_evaluation
 from d2kd.data.loader import images_per_process
 from d2kd.errors import UserError
+from d2kd.lazy import is_lazy
 
 from .scaling import scale_to_processes
-from .trainer import evaluator_kinds
+from .trainer import refuse_without_evaluator
 
 _COCO_KEYPOINTS = 17
 
@@ -53,7 +54,7 @@ def refuse_unusable(cfg: CfgNode) -> None:
     if cfg.DATASETS.TRAIN:  # an empty one has its own message
         check_dataset_names(cfg)
         check_annotation_files(cfg)
-        check_evaluation(cfg, evaluator_kinds(cfg))
+        refuse_no_evaluation(cfg)
 
 
 def refuse_not_evaluated(cfg: CfgNode) -> None:
@@ -64,7 +65,22 @@ def refuse_not_evaluated(cfg: CfgNode) -> None:
     """
     refuse_unwritable(cfg.OUTPUT_DIR)
     check_annotation_files(cfg, training=False)
-    check_evaluation(cfg, evaluator_kinds(cfg), training=False)
+    refuse_no_evaluation(cfg, training=False)
+
+
+def refuse_no_evaluation(cfg: CfgNode, training: bool = True) -> None:
+    """
+    Args:
+        cfg: of a run. A Python config brings its own evaluator.
+        training: see :func:`~d2kd.data.check.check_evaluation`.
+
+    Raises:
+        UserError: for sets of DATASETS.TEST that cannot be evaluated on.
+    """
+    check_evaluation(cfg, training)
+    if not is_lazy(cfg):
+        for name in cfg.DATASETS.TEST:
+            refuse_without_evaluator(name)
 
 
 def refuse_settings(cfg: CfgNode) -> None:

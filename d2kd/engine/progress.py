@@ -16,8 +16,8 @@ _PARTS = ("data", "teacher", "distillation")
 
 class ProgressPrinter(EventWriter):
     """Prints where training is: the time that is left, the losses, the seconds of a step and what
-    they go to, the learning rate and the memory. It is told ``eta_seconds`` to the storage, as by
-    Detectron2's own printer."""
+    they go to, the learning rate and the memory. The time that is left is stored as
+    ``eta_seconds``, as by Detectron2's own printer."""
 
     def __init__(self, max_iter: int):
         """

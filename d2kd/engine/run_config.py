@@ -6,11 +6,11 @@ import re
 from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from d2kd.checkpoint import SavedRun, written_whole
-from d2kd.config import add_distill_config
+from d2kd.config import default_config
 from d2kd.errors import UserError
 from d2kd.lazy import comparable, is_lazy, is_python, lazy_config, load_program, to_program
 from d2kd.safe_yaml import read_yaml
@@ -133,9 +133,7 @@ def _read_program(path: str) -> Dict[str, Any]:
 
 def _defaults(cfg: CfgNode) -> Dict[str, Any]:
     """Those that a config has of itself; a Python config has d2kd's alone."""
-    defaults = get_cfg()
-    add_distill_config(defaults)
-    plain = yaml.safe_load(defaults.dump())
+    plain = yaml.safe_load(default_config().dump())
     return {"distill": plain["DISTILL"]} if is_lazy(cfg) else plain
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 from collections import OrderedDict
-from typing import Any, Callable, Collection, Dict, List, Optional
+from typing import Any, Callable, Dict, List
 
 import torch
 from detectron2.config import CfgNode
@@ -69,9 +69,21 @@ EVALUATORS = {
 }
 
 
-def evaluator_kinds(cfg: CfgNode) -> Optional[Collection[str]]:
-    """The kinds of data sets that can be evaluated; None if a Python config brings its own."""
-    return None if is_lazy(cfg) else EVALUATORS
+def refuse_without_evaluator(dataset_name: str) -> None:
+    """
+    Raises:
+        UserError: if there is no evaluator for that kind of data set.
+    """
+    kind = _kind_of(dataset_name)
+    if kind not in EVALUATORS:
+        raise UserError(
+            f"DATASETS.TEST names '{dataset_name}', whose evaluator_type is '{kind}': d2kd "
+            f"evaluates {', '.join(EVALUATORS)}"
+        )
+
+
+def _kind_of(dataset_name: str) -> str:
+    return MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
 
 
 class DistillTrainer(DefaultTrainer):
@@ -374,13 +386,9 @@ class DistillTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         if is_lazy(cfg):
             return lazy_parts.build_evaluator(cfg, dataset_name)
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
-        if kind not in EVALUATORS:
-            raise UserError(
-                f"DATASETS.TEST names '{dataset_name}', whose evaluator_type is '{kind}': d2kd "
-                f"evaluates {', '.join(EVALUATORS)}"
-            )
-        return EVALUATORS[kind](cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        refuse_without_evaluator(dataset_name)
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return EVALUATORS[_kind_of(dataset_name)](cfg, dataset_name, folder)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:

@@ -13,6 +13,7 @@ from d2kd.distillation import TeacherStudent
 from d2kd.engine import DistillTrainer
 from d2kd.engine.logs import set_up_logs
 from d2kd.errors import UserError
+from d2kd.methods.core import DISTILLER_REGISTRY, scalar_name
 
 
 class Proposal(NamedTuple):
@@ -72,7 +73,7 @@ def _ratios(trainer: DistillTrainer, model: TeacherStudent, steps: int) -> Dict[
             trainer.scheduler.step()
             latest = trainer.storage.latest()
             for method, term in found:
-                value, iteration = latest.get(f"distill/{method}_{term}/gradient".lower(), (0, -1))
+                value, iteration = latest.get(scalar_name(method, term, "gradient"), (0, -1))
                 if iteration == trainer.iter >= steps // 2:
                     found[method, term].append((trainer.iter, value))
     return found
@@ -88,7 +89,7 @@ def _at_full_weight(model: TeacherStudent, key: tuple, values: List[tuple]) -> f
 def _proposal(model: TeacherStudent, key: tuple, ratio: float, share: float) -> Proposal:
     method, term = key
     weight = model.schedules[key].weight
-    name = f"DISTILL.{method.upper()}.{term.upper()}.WEIGHT"
+    name = DISTILLER_REGISTRY.get(method).term_key(term)
     return Proposal(name, weight, ratio, float(f"{weight * share / ratio:.2g}"))
 
 

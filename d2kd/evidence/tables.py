@@ -1,20 +1,16 @@
 """Tables of detectors: accuracy over seeds, gains, size and time."""
 
-import contextlib
-import io
 import os
 from typing import Dict, List, Sequence
 
 import numpy as np
+from detectron2.config import CfgNode
 from scipy import stats
 from tabulate import tabulate
 from torch import nn
 
-from d2kd.checkpoint import read_weights, written_whole
-from d2kd.config import read_config
-from d2kd.distillation import build_detector
+from d2kd.checkpoint import written_whole
 from d2kd.engine import DistillTrainer
-from d2kd.errors import UserError
 
 from .cells import Cell, by_label, cell_of, write_cells
 from .figures import draw_rows
@@ -107,22 +103,7 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"
 
 
-def fill(detector: nn.Module, weights: str) -> None:
-    """Reads a detector's weights.
-
-    Raises:
-        UserError: if the file leaves any of them as initialised.
-    """
-    unfilled = read_weights(detector, weights, "the weights")
-    if unfilled:
-        raise UserError(f"{weights} leaves {len(unfilled)} tensors unfilled, such as {unfilled[0]}")
-
-
-def evaluate(config_file: str, weights: str) -> Dict[str, float]:
-    """The metrics of a detector that is already trained."""
-    cfg = read_config(config_file)
-    detector = build_detector(cfg)
-    fill(detector, weights)
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = DistillTrainer.test(cfg, detector)
-    return {m: results["bbox"][m] for m in METRICS}
+def evaluate(cfg: CfgNode, detector: nn.Module) -> Dict[str, float]:
+    """The metrics on ``DATASETS.TEST``."""
+    results = DistillTrainer.test(cfg, detector)["bbox"]
+    return {metric: results[metric] for metric in METRICS}

@@ -15,9 +15,9 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Tuple
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from d2kd.layers import channel_statistics, transfer_statistics
+from d2kd.layers import channel_statistics, kl_divergence, transfer_statistics
 from d2kd.methods.core import DISTILLER_REGISTRY, Defaults
-from d2kd.methods.core.dense_kd import OUTPUTS, DenseKD, localization_kd, quality_focal_kd
+from d2kd.methods.core.dense_kd import OUTPUTS, DenseKD, quality_focal_kd
 from d2kd.schema import Key
 from d2kd.views import (
     Assignment,
@@ -31,6 +31,9 @@ from d2kd.views import (
 )
 
 __all__ = ["CrossKD", "align_statistics", "localization_kd", "quality_focal_kd"]
+
+# Of two distributions of a box side's distance
+localization_kd = kl_divergence
 
 # An almost dead channel of the student is stretched by no more than this, and so is its gradient;
 # the authors' code stretches up to a millionfold. Channels that are alive stay far below.

@@ -127,18 +127,13 @@ def near_zero_adapters(channels: Sequence[Tuple[int, int]]) -> nn.ModuleList:
     return adapters
 
 
-def _weight_key(term_name: str) -> str:
-    return f"DISTILL.DEFEAT.{term_name.upper()}.WEIGHT"
-
-
 def _check_background(node: CfgNode, terms: Sequence[str]) -> None:
     for part in ("NECK", "STAGE"):
         term_name = f"{part.lower()}_background"
         if node[f"{part}_ASSIGN"] == "everywhere" and term_name in terms:
-            key = DeFeat.node_name()
             raise UserError(
-                f"{key}.{part}_ASSIGN is 'everywhere', which leaves no background, but "
-                f"{key}.{term_name.upper()}.WEIGHT is not 0: set it to 0"
+                f"{DeFeat.node_name()}.{part}_ASSIGN is 'everywhere', which leaves no background, "
+                f"but {DeFeat.term_key(term_name)} is not 0: set it to 0"
             )
 
 
@@ -266,7 +261,7 @@ class DeFeat(Distiller):
         head = [t for t in cls.enabled_terms(node) if t.startswith("head")]
         if head:
             ours, theirs = student.box_head, teacher.box_head
-            ours.check_same_classes(theirs, node.CASCADE_STAGE, _weight_key(head[0]))
+            ours.check_same_classes(theirs, node.CASCADE_STAGE, DeFeat.term_key(head[0]))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
@@ -275,7 +270,7 @@ class DeFeat(Distiller):
         stage = [t for t in terms if t.startswith("stage")]
         return {
             "terms": terms,
-            "levels": paired_levels(student, teacher, _weight_key(neck[0])) if neck else (),
+            "levels": paired_levels(student, teacher, DeFeat.term_key(neck[0])) if neck else (),
             "stages": _stages(cfg, student, teacher) if stage else (),
             "finest": student.levels[0] if student.levels else None,
             "num_classes": student.num_classes,

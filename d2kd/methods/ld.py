@@ -18,9 +18,8 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from d2kd.errors import UserError
-from d2kd.layers import flatten_scalars, highest_logits
+from d2kd.layers import flatten_scalars, highest_logits, kl_divergence
 from d2kd.methods.core import DISTILLER_REGISTRY, Distiller, term
-from d2kd.methods.core.dense_kd import localization_kd
 from d2kd.schema import Key
 from d2kd.views import (
     Assignment,
@@ -65,7 +64,7 @@ def localization_distillation(
         over anchors. (The released code takes the mean over bins, too, and does not divide by N.)
     """
     x, z = (y.unflatten(1, (num_anchors, 4, -1)) for y in (deltas, teacher_deltas))
-    loss = localization_kd(x, z, temperature, dim=3).mean(dim=2) / x.shape[3]
+    loss = kl_divergence(x, z, temperature, dim=3).mean(dim=2) / x.shape[3]
     return (flatten_scalars([loss])[0] * weights).sum() / len(deltas)
 
 

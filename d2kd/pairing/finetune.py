@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 
 from d2kd.checkpoint import newest_checkpoint
 from d2kd.command import train_command
-from d2kd.config import read_config
+from d2kd.config import class_heads, read_config
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
 from d2kd.model_zoo import FINAL_WEIGHTS
@@ -112,9 +112,5 @@ def _changes(
 
 
 def _heads(cfg: CfgNode, count: int) -> Dict[str, Dict[str, int]]:
-    """The number of classes in every head that a config describes, whichever one is built."""
-    return {
-        name: {"NUM_CLASSES": count}
-        for name, node in cfg.MODEL.items()
-        if isinstance(node, CfgNode) and "NUM_CLASSES" in node and name != "SEM_SEG_HEAD"
-    }
+    """The number of classes in every head that a config describes."""
+    return {head: {"NUM_CLASSES": count} for head in class_heads(cfg)}

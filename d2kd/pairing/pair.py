@@ -2,7 +2,6 @@
 what training left."""
 
 import os
-import re
 from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -10,7 +9,7 @@ from detectron2.config import CfgNode
 
 from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
-from d2kd.data.classes import class_names_of
+from d2kd.data.classes import class_names_of, plain_name
 from d2kd.distillation import build_detector
 from d2kd.distillation.build import TeacherSource, build_teacher_detector
 from d2kd.engine.runs import open_run
@@ -35,7 +34,7 @@ class Classes(NamedTuple):
         return not (self.names and other.names) or self._plain() == other._plain()
 
     def _plain(self) -> List[str]:
-        return [re.sub(r"[\s_-]+", "", name).lower() for name in self.names]
+        return [plain_name(name) for name in self.names]
 
     def __str__(self) -> str:
         named = ", ".join(self.names[:_MOST_NAMED])

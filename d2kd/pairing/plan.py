@@ -59,7 +59,8 @@ class Plan(NamedTuple):
         cfg = self.pair.cfg
         architecture, lines = cfg.MODEL.META_ARCHITECTURE, []
         for name in self.choice.methods:
-            method, node = DISTILLER_REGISTRY.get(name), cfg.DISTILL[name.upper()]
+            method = DISTILLER_REGISTRY.get(name)
+            node = method.node_of(cfg)
             terms = method.enabled_terms(node)
             weights = ", ".join(f"{term} {node[term.upper()].WEIGHT:g}" for term in terms)
             source = method.source_of_values(node, architecture)

@@ -47,7 +47,8 @@ def recipe_of(pair: Pair, methods: Sequence[str], opts: Sequence[str], output: s
 
 def _values(cfg: CfgNode, name: str) -> Dict[str, Any]:
     """The weights of a method's terms, and what else its authors chose for this student."""
-    method, node = DISTILLER_REGISTRY.get(name), cfg.DISTILL[name.upper()]
+    method = DISTILLER_REGISTRY.get(name)
+    node = method.node_of(cfg)
     keys = [f"{term.upper()}.WEIGHT" for term in method.enabled_terms(node)]
     defaults = method.defaults_for(cfg.MODEL.META_ARCHITECTURE)
     keys += [key for key in (defaults.values if defaults else ()) if key not in keys]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2kd.distillation import TeacherStudent
 from d2kd.distillation.maps import Maps, kept_maps
+from d2kd.methods.core import loss_name
 from d2kd.views import Features, Read, Recorder, Stage, StudentView
 
 _SEED = 0
@@ -76,7 +77,7 @@ def _step(
     with kept_maps(model) as own, torch.random.fork_rng(), EventStorage(iteration), recorder:
         torch.manual_seed(_SEED)
         losses = model(inputs)
-    names = [f"loss_{name}_{term}".lower() for name, term in model.schedules]
+    names = [loss_name(name, term) for name, term in model.schedules]
     return {name: losses[name] for name in names if name in losses}, own
 
 

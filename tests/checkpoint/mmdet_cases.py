@@ -6,10 +6,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 
 from d2kd.checkpoint import read_weights
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.config import read_config
 from d2kd.distillation import build_detector
 
 FOLDER = os.path.join(os.environ.get("D2KD_REFERENCE", ""), "mmdet")
@@ -27,11 +26,9 @@ def reference(name):
 
 def config(name, opts=()):
     """The reference's detector as it was trained; its YAML says nothing of the ReLU before P7."""
-    cfg = get_cfg()
-    add_distill_config(cfg)
     relu = name in ("fcos", "faster_rcnn")
-    load_yaml(cfg, reference(f"{name}.yaml"), ["MODEL.FPN.RELU_BEFORE_P7", relu, *opts])
-    return cfg
+    opts = ["MODEL.FPN.RELU_BEFORE_P7", relu, *opts]
+    return read_config(reference(f"{name}.yaml"), opts)
 
 
 class Case:

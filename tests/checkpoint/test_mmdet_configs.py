@@ -6,12 +6,11 @@ import re
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from test_mmdet_names import OURS, full_size, shapes
 
 from d2kd.checkpoint.mmdet import convert
 from d2kd.checkpoint.verify import detector_settings
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.config import read_config
 from d2kd.distillation import build_detector
 from d2kd.model_zoo import CONFIG_DIRS
 
@@ -32,20 +31,13 @@ CAFFE_FCOS = {
 P6 = {"retinanet": "a convolution of res5", "faster": "P5, pooled"}
 
 
-def read(path):
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, path)
-    return cfg
-
-
 def test_there_are_configs():
     assert len(CONFIGS) == 17
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=os.path.basename)
 def test_names_the_published_file(path):
-    cfg = read(path)
+    cfg = read_config(path)
     kind, depth = re.match(r"([a-z]+)(?:_rcnn)?_R_(\d+)_", os.path.basename(path)).groups()
     folder = {"faster": "faster_rcnn"}.get(kind, kind)
     address = rf"https://download\.openmmlab\.com/mmdetection/v2\.0/{folder}/\S+_r{depth}_\S+"
@@ -60,7 +52,7 @@ def test_names_the_published_file(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=os.path.basename)
 def test_settings_are_those_of_mmdetections_configs(path):
-    cfg = read(path)
+    cfg = read_config(path)
     kind = os.path.basename(path).split("_")[0]
     cfg.MODEL.DEVICE, cfg.MODEL.FPN.OUT_CHANNELS = "cpu", 32
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 8
@@ -77,7 +69,7 @@ def test_settings_are_those_of_mmdetections_configs(path):
 @pytest.mark.parametrize("name", KEYS_OF)
 def test_full_size_files_fit(name):
     path = next(p for p in CONFIGS if os.path.basename(p) == name)
-    cfg = read(path)
+    cfg = read_config(path)
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         ours = shapes(build_detector(cfg).state_dict())

@@ -7,13 +7,11 @@ import os
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 
 from d2kd.checkpoint.files import Unreadable
 from d2kd.checkpoint.mmdet import convert, is_mmdet
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.config import read_config
 from d2kd.distillation import build_detector
-from d2kd.model_zoo import resolve_config
 
 with gzip.open(os.path.join(os.path.dirname(__file__), "golden", "mmdet_keys.json.gz")) as f:
     KEYS = json.load(f)
@@ -41,9 +39,7 @@ def shapes(state):
 
 
 def detector_shapes(name, opts=()):
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, resolve_config(name, "test"), ["MODEL.DEVICE", "meta", *opts])
+    cfg = read_config(name, ["MODEL.DEVICE", "meta", *opts])
     with torch.device("meta"):
         return shapes(build_detector(cfg).state_dict())
 

@@ -11,7 +11,7 @@ from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from small_shapes import SMALL
 
-from d2kd.config import add_distill_config
+from d2kd.config import default_config
 from d2kd.data import bad_images
 from d2kd.data.builtin import register_shapes
 from d2kd.data.loader import BAD_IMAGES, ResumableLoader
@@ -34,8 +34,7 @@ def truncate(path):
 
 
 def loader(skip, workers=0, grouping=True, mapper=None, **options):
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     cfg.DATASETS.TRAIN = ("small_train",)
     cfg.DATALOADER.NUM_WORKERS = workers
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping

@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
+from d2kd.config import default_config
 from d2kd.data.check import load_training_dicts, num_classes_of
 from d2kd.data.sets import findings_in_file
 from d2kd.errors import UserError
@@ -37,7 +37,7 @@ def check(tmp_path):
         if image:
             Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "1.png")
         register_coco_instances(NAME, {}, str(tmp_path / "instances.json"), str(tmp_path))
-        cfg = get_cfg()
+        cfg = default_config()
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
         cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
         return load_training_dicts(cfg)
@@ -121,7 +121,7 @@ def test_other_peoples_bugs_keep_their_traceback():
         raise ZeroDivisionError
 
     DatasetCatalog.register("check_broken", broken)
-    cfg = get_cfg()
+    cfg = default_config()
     cfg.DATASETS.TRAIN = ("check_broken",)
     try:
         with pytest.raises(ZeroDivisionError):

@@ -114,11 +114,11 @@ def test_an_entry_stands_in_a_yaml(entry, tmp_path):
 def test_training_and_validation_have_the_same_classes(entry, tmp_path):
     val = write(tmp_path / "val.json", [{"id": 7, "name": "cat"}])
     with pytest.raises(UserError, match="val_.* has 1 classes, mine_.* has 2"):
-        check_evaluation(read(entry, [val]), ["coco"])
+        check_evaluation(read(entry, [val]))
     swapped = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
     val = write(tmp_path / "val.json", swapped)
     with pytest.raises(UserError, match="val_.* has 'cat' as class 0, mine_.* has 'dog'"):
-        check_evaluation(read(entry, [val]), ["coco"])
+        check_evaluation(read(entry, [val]))
 
 
 @pytest.mark.parametrize(

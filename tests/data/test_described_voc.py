@@ -46,7 +46,7 @@ def test_both_splits_have_the_classes_of_all(folder, tmp_path):
     dicts = load_training_dicts(cfg)
     assert [d["annotations"][0]["category_id"] for d in dicts] == [2, 1]
     assert dicts[0]["annotations"][0]["bbox"] == [1, 2, 20, 25]  # counted from 0
-    check_evaluation(cfg, ("coco",))
+    check_evaluation(cfg)
     assert ap_of_annotations(cfg, val) == pytest.approx(100)
 
 

@@ -4,14 +4,13 @@ import logging
 import re
 
 import pytest
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from faults import DUBIOUS, IN_IMAGES, IN_JSON, NUMBER, SIZE, write_set
 from PIL import Image
 
-from d2kd.config import add_distill_config
+from d2kd.config import default_config
 from d2kd.data.check import check_annotation_files, check_evaluation, load_training_dicts
 from d2kd.data.findings import ERROR, WARNING, summary
 from d2kd.data.images import check_images
@@ -33,7 +32,7 @@ def sets(tmp_path):
     """Writes and registers a faulty set and a good one; the config of a run on them."""
 
     def write(faulty, **fault):
-        cfg = get_cfg()
+        cfg = default_config()
         for key in ("TRAIN", "TEST"):
             folder = tmp_path / key
             path = write_set(folder, **(fault if key == faulty else {}))
@@ -50,7 +49,7 @@ def sets(tmp_path):
 def start(cfg):
     """What training does with data before anything else."""
     check_annotation_files(cfg)
-    check_evaluation(cfg, ("coco",))
+    check_evaluation(cfg)
     load_training_dicts(cfg)
 
 
@@ -120,7 +119,6 @@ def test_masks_are_asked_for_where_they_are_trained(sets):
 
 def test_bad_images_that_may_be_skipped_do_not_stop_training(sets):
     cfg = sets("TRAIN", damage=IN_IMAGES["image missing"][0])
-    add_distill_config(cfg)
     cfg.RUN.SKIP_BAD_IMAGES = 1
     assert len(load_training_dicts(cfg)) == NUMBER
 

@@ -4,13 +4,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data import build as d2_build
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from small_shapes import SMALL
 
+from d2kd.config import default_config
 from d2kd.data.builtin import register_shapes
 from d2kd.data.loader import ResumableLoader
 from d2kd.errors import UserError
@@ -26,7 +26,7 @@ def registered(tmp_path_factory):
 
 
 def config(workers=0, grouping=True, sampler="TrainingSampler", seed=7, batch=4):
-    cfg = get_cfg()
+    cfg = default_config()
     cfg.DATASETS.TRAIN = ("small_train",)
     cfg.DATALOADER.NUM_WORKERS = workers
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping

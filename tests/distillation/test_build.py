@@ -7,7 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from toys import STUDENTS, config, detector, distill_config
 
 from d2kd.checkpoint.weights import checksum
-from d2kd.config import add_distill_config, load_yaml
+from d2kd.config import default_config, load_yaml
 from d2kd.distillation import TeacherStudent, build_detector, build_model
 from d2kd.distillation.build import build_teacher_detector
 from d2kd.errors import UserError
@@ -92,8 +92,7 @@ def test_teacher_student_is_no_student():
 
 
 def test_values_that_were_set_before_stay():
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     cfg.DISTILL.FRS.FEATURE.WEIGHT = 9.0
     load_yaml(cfg, resolve_config(STUDENTS["FCOS"], "test"))
     assert (cfg.DISTILL.FRS.FEATURE.WEIGHT, cfg.DISTILL.FRS.CLS.WEIGHT) == (9.0, 0.05)

@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 from pages import ROOT, text
 
-from d2kd.config import add_distill_config
+from d2kd.config import default_config
 from d2kd.evidence.benchmark import STANDARD
 from d2kd.evidence.cells import Cell, write_cells
 from d2kd.evidence.costs import costs_markdown, read_costs
@@ -33,8 +33,7 @@ def test_configuration_is_that_of_the_code():
 
 
 def test_configuration_holds_every_key_that_d2kd_adds():
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     page = configuration_page.page()
     schedule = ("LEVEL_WEIGHTS", "WARMUP_ITERS", "DECAY", "START_ITER", "STOP_ITER")
     for key in set(keys(cfg)) - set(keys(get_cfg())):

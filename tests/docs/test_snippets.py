@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from detectron2.config import get_cfg
 from pages import TODAY, blocks, text
 
-from d2kd.config import add_distill_config, read_config
+from d2kd.config import default_config, read_config
 
 pytestmark = pytest.mark.docs
 
@@ -42,8 +41,7 @@ def test_yaml_is_a_config(block, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", TODAY)
 def test_config_keys_exist(page):
-    cfg = get_cfg()
-    add_distill_config(cfg)
+    cfg = default_config()
     for key in KEY.findall(text(page)):
         node = cfg
         for part in key.split("."):

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from runs import assert_same_run, train
@@ -17,7 +16,7 @@ from runs import assert_same_run, train
 from d2kd.checkpoint import write_student_program
 from d2kd.checkpoint.weights import checksum
 from d2kd.cli.main import main
-from d2kd.config import add_distill_config, read_config
+from d2kd.config import default_config, read_config
 from d2kd.distillation import build_detector, build_model
 from d2kd.engine import DistillTrainer
 from d2kd.engine.run_config import write_run_config
@@ -82,8 +81,7 @@ def test_batches_of_a_step_and_average_stand_below_train(tmp_path):
 
 
 def test_defaults_are_those_of_the_keys():
-    defaults = get_cfg()
-    add_distill_config(defaults)
+    defaults = default_config()
     assert all(get_value(defaults, key) == value for key, value in OWN_DEFAULTS.items())
 
 

@@ -316,7 +316,7 @@ def test_labels_of_proposals_follow_from_their_overlaps(name, who):
     taught = teacher_view(name, view, inputs)
     sampler = view if who == "student" else taught
     thresholds = [0.5, 0.6, 0.7][: sampler.family.box_head.num_stages]
-    count = sampler.family.box_head.batch_size_per_image
+    count = sampler.family.box_head.module.batch_size_per_image
     for stage, threshold in enumerate(thresholds):
         with EventStorage() as storage:
             regions = sampler.proposals(Proposals(stage))

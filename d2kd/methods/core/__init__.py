@@ -1,7 +1,15 @@
 """What methods are made of: their base class, schedules, adapters, and shared losses."""
 
 from .adapters import conv_adapters, identity_adapters, matching_adapters
-from .distiller import DISTILLER_REGISTRY, Defaults, Diagnostics, Distiller, Terms
+from .distiller import (
+    DISTILLER_REGISTRY,
+    Defaults,
+    Diagnostics,
+    Distiller,
+    Terms,
+    loss_name,
+    scalar_name,
+)
 from .schedule import TermSchedule, term
 
 __all__ = [
@@ -13,6 +21,8 @@ __all__ = [
     "Terms",
     "conv_adapters",
     "identity_adapters",
+    "loss_name",
     "matching_adapters",
+    "scalar_name",
     "term",
 ]

@@ -104,23 +104,6 @@ def quality_focal_kd(logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) 
     return _QualityFocal.apply(as_float(logits), as_target(teacher_logits, logits), beta)
 
 
-def localization_kd(
-    logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, dim: int = -1
-) -> Tensor:
-    """Kullback-Leibler divergence of two distributions of a box side's distance.
-
-    Args:
-        logits: (M, R) with R bins, or any other shape.
-        teacher_logits: same shape; gets no gradient.
-        temperature: T, divides both.
-        dim: the bins.
-
-    Returns:
-        T² · Σ q (log q - log p), the shape without ``dim``.
-    """
-    return kl_divergence(logits, teacher_logits, temperature, dim)
-
-
 def _of_anchors(levels: Sequence[Tensor]) -> Tensor:
     """L maps (N, A, h, w) -> (N, R)."""
     return torch.cat(flatten_scalars(levels), dim=1)
@@ -282,7 +265,7 @@ class DenseKD(Distiller):
         sides = (self.num_anchors, 4, -1)
         return _of_anchors(
             [
-                localization_kd(
+                kl_divergence(
                     x.unflatten(1, sides), z.unflatten(1, sides), self.temperature, dim=3
                 ).mean(dim=2)
                 for x, z in zip(deltas, targets)

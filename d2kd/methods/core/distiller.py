@@ -52,6 +52,16 @@ class Terms(Dict[str, Tensor]):
         self.diagnostics = diagnostics
 
 
+def loss_name(method: str, term: str) -> str:
+    """What a term's weighted loss is called among the losses of a step, and in the logs."""
+    return f"loss_{method}_{term}".lower()
+
+
+def scalar_name(method: str, term: str, what: str) -> str:
+    """What another number about a term is called in the logs."""
+    return f"distill/{method}_{term}/{what}".lower()
+
+
 class Defaults(NamedTuple):
     """What a method's keys default to for one kind of student.
 
@@ -98,6 +108,16 @@ class Distiller(nn.Module):
         return f"DISTILL.{cls.__name__.upper()}"
 
     @classmethod
+    def term_key(cls, term: str, key: str = "WEIGHT") -> str:
+        """The full name of a term's config key."""
+        return f"{cls.node_name()}.{term.upper()}.{key}"
+
+    @classmethod
+    def node_of(cls, cfg: CfgNode) -> CfgNode:
+        """The method's node in the config of a run."""
+        return cfg.DISTILL[cls.__name__.upper()]
+
+    @classmethod
     def default_config(cls) -> CfgNode:
         """The node ``DISTILL.<NAME>``."""
         return config_node(cls.keys)
@@ -113,8 +133,8 @@ class Distiller(nn.Module):
             start, stop = node[term.upper()].START_ITER, node[term.upper()].STOP_ITER
             if 0 < stop <= start:
                 raise UserError(
-                    f"{cls.node_name()}.{term.upper()}.STOP_ITER is {stop}, but START_ITER is "
-                    f"{start}: the term would never run; give more, or 0 for no end"
+                    f"{cls.term_key(term, 'STOP_ITER')} is {stop}, but START_ITER is {start}: the "
+                    "term would never run; give more, or 0 for no end"
                 )
 
     @classmethod

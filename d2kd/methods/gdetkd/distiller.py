@@ -123,8 +123,7 @@ class GDetKD(Distiller):
         terms = cls.enabled_terms(node)
         for name in ("cls", "bbox"):
             if name in terms:
-                key = f"{KEY}.{name.upper()}.WEIGHT"
-                student.box_head.check_same_classes(teacher.box_head, 0, key)
+                student.box_head.check_same_classes(teacher.box_head, 0, cls.term_key(name))
         _check_two_stage(node, student, teacher, "sgfi" in terms)
         if (
             node.FOREGROUND_ONLY

@@ -53,11 +53,6 @@ class BoxHead:
         fcs = [m for m in self.head(stage).modules() if isinstance(m, nn.Linear)]
         return fcs[-1] if fcs else None
 
-    @property
-    def batch_size_per_image(self) -> int:
-        """How many boxes of an image are sampled for training."""
-        return self.module.batch_size_per_image
-
     def delta_weights(self, stage: int) -> Tuple[float, ...]:
         """What a stage multiplies the four box deltas by, ``BBOX_REG_WEIGHTS``."""
         return tuple(self.predictor(stage).box2box_transform.weights)
