@@ -37,12 +37,11 @@ from .distances import DISTANCES, NORMS, squared_scale
 from .pairs import StagePair, resize, trained_stage_pairs
 from .weights import (
     TINY,
-    clipped_product,
+    Compared,
     micro_weights,
     power_weights,
     stage_weights,
     weighted_distance,
-    with_mean_one,
 )
 
 logger = logging.getLogger(__name__)
@@ -219,50 +218,56 @@ class HGD(Distiller):
     def forward(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
     ) -> Dict[str, Tensor]:
-        sizes = student.images.image_sizes
-        distances, scales, micro = [], [], []
+        stages, distances = [], []
         for k in range(len(self.pairs)):
-            adapted, target, stride = self.correspond(k, student, teacher)
-            valid = valid_cells(sizes, target.shape[-2:], stride, target.device)
-            scales.append(squared_scale(target, valid, self.norm))
-            position, channel = self.micro(adapted, target, valid, stride, scales[-1], targets)
-            micro.append((position, channel, valid, stride))
-            # The backward pass makes weights and errors again: no full map is kept for it
-            per_channel = checkpoint(
-                weighted_distance,
-                adapted,
-                target,
-                position,
-                channel,
-                scales[-1],
-                self.distance,
-                self.max_weight,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            grouped = self.norm != "channel_std"
-            distances.append(per_channel.mean(1, keepdim=True) if grouped else per_channel)
-        losses = self.normalize(distances, scales)
+            stages.append(self.compared(k, student, teacher, targets))
+            distances.append(self.distances(stages[-1]))
+        losses = self.normalize(distances, [stage.scale for stage in stages])
         return Terms(
-            {"feature": self.balance(losses)}, lambda: self.diagnostics(losses, micro, targets)
+            {"feature": self.balance(losses)}, lambda: self.diagnostics(losses, stages, targets)
         )
 
     @torch.no_grad()
     def maps(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
     ) -> Dict[str, Dict[str, Tensor]]:
-        sizes, found = student.images.image_sizes, {}
+        found = {}
         for k, (part, ours, _) in enumerate(self.pairs):
-            adapted, target, stride = self.correspond(k, student, teacher)
-            valid = valid_cells(sizes, target.shape[-2:], stride, target.device)
-            scale = squared_scale(target, valid, self.norm)
-            micro = self.micro(adapted, target, valid, stride, scale, targets)
-            weights = with_mean_one(clipped_product(*micro, self.max_weight), valid)
-            weights = resize(weights, self._read(student, part, ours).shape[-2:]).mean(1)
+            weights = self.compared(k, student, teacher, targets).weights(self.max_weight)
+            weights = resize(weights, self._map(student, part, ours).shape[-2:]).mean(1)
             found[ours.name] = weights / weights.amax().clamp(min=TINY)
         return {"micro weights, mean of the channels": found}
 
-    def _read(self, view: View, part: str, level: Level) -> Tensor:
+    def compared(
+        self, k: int, student: StudentView, teacher: TeacherView, targets: List[Instances]
+    ) -> Compared:
+        """What is compared at stage k."""
+        adapted, target, stride = self.correspond(k, student, teacher)
+        sizes = student.images.image_sizes
+        valid = valid_cells(sizes, target.shape[-2:], stride, target.device)
+        scale = squared_scale(target, valid, self.norm)
+        position, channel = self.micro(adapted, target, valid, stride, scale, targets)
+        return Compared(adapted, target, stride, valid, scale, position, channel)
+
+    def distances(self, stage: Compared) -> Tensor:
+        """Weighted distances of a stage, before they are normalized: (N, C) where every channel
+        has a scale of its own, else (N, 1)."""
+        # The backward pass makes weights and errors again: no full map is kept for it
+        per_channel = checkpoint(
+            weighted_distance,
+            stage.adapted,
+            stage.target,
+            stage.position,
+            stage.channel,
+            stage.scale,
+            self.distance,
+            self.max_weight,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        return per_channel if self.norm == "channel_std" else per_channel.mean(1, keepdim=True)
+
+    def _map(self, view: View, part: str, level: Level) -> Tensor:
         if part == "stages":
             return view.stage(Stage(level.name, self.pre_activation))
         return view.features[level.name]
@@ -272,8 +277,8 @@ class HGD(Distiller):
     ) -> Tuple[Tensor, Tensor, int]:
         """The adapted student and its target at stage k, (N, C, h, w) each, and their stride."""
         part, ours, theirs = self.pairs[k]
-        adapted = self.adapters[k](self._read(student, part, ours))
-        targets = [self._read(teacher, part, stage) for stage in theirs]
+        adapted = self.adapters[k](self._map(student, part, ours))
+        targets = [self._map(teacher, part, stage) for stage in theirs]
         if len(self.mixing):
             shares = self.mixing[k].softmax(dim=0)
             resized = [resize(as_float(x), adapted.shape[-2:]) for x in targets]
@@ -337,24 +342,25 @@ class HGD(Distiller):
         return (-self.log_variances).exp()[None]
 
     @torch.no_grad()
-    def diagnostics(self, losses: Tensor, micro: Sequence[Tuple], targets) -> Dict[str, Tensor]:
+    def diagnostics(
+        self, losses: Tensor, stages: Sequence[Compared], targets: List[Instances]
+    ) -> Dict[str, Tensor]:
         """What is logged of each stage: its loss, before and relative to the macro weights, the
         highest micro weight, and the share of the micro weights that is on objects."""
         plain = losses.mean(0)
         macro = (losses * self.macro_weights(losses)).mean(0) / plain.clamp(min=TINY)
         diagnostics = {}
-        for k, (position, channel, valid, stride) in enumerate(micro):
-            product = clipped_product(position, channel, self.max_weight)
-            weights = with_mean_one(product, valid)
-            inside = _inside_objects(targets, weights.shape[-2:], stride)
+        for k, stage in enumerate(stages):
+            weights = stage.weights(self.max_weight)
+            inside = _inside_objects(targets, weights.shape[-2:], stage.stride)
             values = {
                 "loss": plain[k],
                 "macro": macro[k],
                 "max_micro": weights.amax(),
                 "on_objects": (weights.sum(1) * inside).sum() / weights.sum().clamp(min=TINY),
             }
-            stage = f"hgd_feature/{self.pairs[k].student.name}"
-            diagnostics.update({f"{stage}/{name}": value for name, value in values.items()})
+            prefix = f"hgd_feature/{self.pairs[k].student.name}"
+            diagnostics.update({f"{prefix}/{name}": value for name, value in values.items()})
         return diagnostics
 
 

@@ -4,7 +4,7 @@ docs/methods/hgd.md.
 Shapes: N images, C channels of the teacher, (h, w) the size of a stage, K stages.
 """
 
-from typing import Tuple
+from typing import NamedTuple, Tuple
 
 import torch
 from torch import Tensor
@@ -136,3 +136,20 @@ def weighted_distance(
     # In place, but for the distances of positions: one full map less at the peak
     weighted = gap.mul_(weights) if gap.shape == weights.shape else gap * weights
     return weighted.sum((2, 3)) * channel.shape[1] / total
+
+
+class Compared(NamedTuple):
+    """A pair of stages in a step, at the size at which they are compared."""
+
+    adapted: Tensor  # (N, C, h, w), of the student
+    target: Tensor  # (N, C, h, w), of the teacher
+    stride: int
+    valid: Tensor  # (N, h, w) bool, cells outside of the padding
+    scale: Tensor  # (1,) or (C,), what squared errors are divided by
+    position: Tensor  # (N, h, w), the micro weights are its product with the next
+    channel: Tensor  # (N, C)
+
+    def weights(self, max_weight: float) -> Tensor:
+        """The micro weights, (N, C, h, w), 0 in the padding."""
+        product = clipped_product(self.position, self.channel, max_weight)
+        return with_mean_one(product, self.valid)
