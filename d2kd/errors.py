@@ -1,8 +1,13 @@
 """The one exception that d2kd raises for what a user can fix."""
 
+import contextlib
 import difflib
+import os
 import re
-from typing import Iterable
+import traceback
+from typing import Iterable, Iterator
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class UserError(ValueError):
@@ -50,3 +55,22 @@ def reason(error: BaseException) -> str:
         return f"the config names '{unknown[1]}', unknown in the {unknown[2]} registry"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turns whatever is raised while something that a config describes is built into a
+    :class:`UserError`. What d2kd's own code raises is its fault, and stays as it is.
+
+    Args:
+        what: for instance "the optimizer that SOLVER describes".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if os.path.abspath(raised_in).startswith(_PACKAGE):
+            raise
+        raise UserError(f"{what} cannot be built: {reason(error)} (--debug shows where)") from error

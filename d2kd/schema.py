@@ -114,6 +114,15 @@ def walk(keys: Keys, prefix: str) -> Iterator[Tuple[str, Key]]:
             yield from walk(key, f"{prefix}.{name}")
 
 
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Every value below a node of nested mappings, with its full name."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def get_value(node: CfgNode, key: str) -> Any:
     """What stands at a place below a node, such as ``"CLS.WEIGHT"``."""
     value: Any = node

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2kd.config import read_config
-from d2kd.distillation.build import build_detector, build_teacher_detector
+from d2kd.distillation import build_detector, build_teacher_detector
 from d2kd.evidence.rows import read_rows, read_table
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import CONFIG_DIRS, resolve_config

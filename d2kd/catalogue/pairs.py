@@ -6,7 +6,7 @@ from typing import Dict, Iterator, List, NamedTuple, Tuple
 from detectron2.config import CfgNode
 
 from d2kd.config import read_config
-from d2kd.distillation.build import declared_reads
+from d2kd.distillation import declared_reads
 from d2kd.errors import UserError
 from d2kd.pairing.pair import student_family
 from d2kd.views import Family, Read

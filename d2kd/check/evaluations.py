@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from d2kd.checkpoint import load_teacher_weights
 from d2kd.data.bad_images import NamingLoader, NamingMapper
-from d2kd.distillation.build import build_teacher_detector
+from d2kd.distillation import build_teacher_detector
 from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
 

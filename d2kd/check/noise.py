@@ -9,7 +9,6 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2kd.distillation import build_model
-from d2kd.distillation.build import build_teacher_detector
 from d2kd.engine import DistillTrainer
 from d2kd.engine.preflight import refuse_settings
 from d2kd.errors import UserError
@@ -69,13 +68,3 @@ def noise(cfg: CfgNode) -> List[dict]:
         image = torch.randint(256, (3, *size), dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances})
     return inputs
-
-
-def save_random_teacher(cfg: CfgNode, path: str) -> None:
-    """Writes the weights of a teacher as initialised, to try a config without the real ones.
-
-    Args:
-        cfg: of a run that distils.
-        path: of the new file.
-    """
-    torch.save({"model": build_teacher_detector(cfg).detector.state_dict()}, path)

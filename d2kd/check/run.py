@@ -16,14 +16,14 @@ from d2kd.data.findings import ERROR, WARNING, Finding, count
 from d2kd.data.images import check_images
 from d2kd.data.loader import images_per_process
 from d2kd.data.sets import look_into
-from d2kd.distillation.build import distilled_methods
+from d2kd.distillation import distilled_methods, save_random_teacher
 from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
 from d2kd.engine.scaling import scale_to_processes
 from d2kd.errors import UserError, reason
 from d2kd.one_line import LOGGERS
 
 from .evaluations import ap_of_annotations, ap_of_teacher
-from .noise import build_for_training, save_random_teacher, try_on_noise
+from .noise import build_for_training, try_on_noise
 from .trial import try_steps
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-import time
+from functools import partial
 from typing import Dict, NamedTuple, Tuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from d2kd.engine import DistillTrainer
 from d2kd.engine.averaging import EMAHook
-from d2kd.evidence.profile import peak_memory
+from d2kd.evidence.profile import peak_memory, timed
 
 _MEASURED = 3  # steps, behind a first one, in which processes and caches start
 _BATCHES = 4  # of the student's inference
@@ -61,11 +61,7 @@ def try_steps(cfg: CfgNode) -> Trial:
 def _step(trainer: DistillTrainer, iteration: int) -> Tuple[Dict[str, float], float, float]:
     """Losses by name, seconds, seconds of waiting for data."""
     trainer.iter = trainer.storage.iter = iteration
-    start = time.perf_counter()
-    trainer.run_step()
-    if trainer.cfg.MODEL.DEVICE.startswith("cuda"):
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds = timed(trainer.run_step)
     latest = {name: value for name, (value, _) in trainer.storage.latest().items()}
     losses = {name: value for name, value in latest.items() if name.startswith("loss_")}
     return losses, seconds, latest.get("data_time", 0.0)
@@ -78,11 +74,7 @@ def _inference_seconds(cfg: CfgNode, student: nn.Module) -> float:
     seconds = []
     with inference_context(student), torch.no_grad():
         for inputs in itertools.islice(loader, _BATCHES):
-            start = time.perf_counter()
-            student(inputs)
-            if cfg.MODEL.DEVICE.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start) / len(inputs))
+            seconds.append(timed(partial(student, inputs)) / len(inputs))
     return statistics.median(seconds)
 
 

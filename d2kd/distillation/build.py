@@ -1,25 +1,19 @@
 """From a config to a teacher–student model, or to the plain student."""
 
 import logging
-import os
-import traceback
-from typing import Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Mapping, Tuple
 
 import torch
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
-from omegaconf import DictConfig
 from torch import nn
 
 from d2kd.checkpoint import load_teacher_weights
-from d2kd.config import check_config, read_config
+from d2kd.config import check_config
 from d2kd.data.classes import class_names_of
-from d2kd.errors import UserError, nearest, reason
-from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
+from d2kd.errors import UserError, nearest
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
 from d2kd.methods.core import TermSchedule
-from d2kd.model_zoo import resolve_config, shipped_weights, trained_weights, zoo_weights
-from d2kd.modeling.backbone import check_p7
 from d2kd.views import (
     Assignment,
     CannotRead,
@@ -32,90 +26,12 @@ from d2kd.views import (
     build_family,
 )
 
+from .detectors import TeacherSource, build_detector, build_teacher_detector
+from .pair_report import pair_report
 from .rebuild import Options, rebuild
-from .report import pair_report
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
-
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-
-
-class TeacherSource(NamedTuple):
-    """A teacher before its weights are read."""
-
-    detector: nn.Module  # as initialised, on the CPU
-    input_format: str  # channel order of its images
-    weights: str  # where they are
-
-
-def build_detector(cfg: CfgNode, source: str = "the student's config") -> nn.Module:
-    """The detector that ``MODEL.META_ARCHITECTURE`` names, or that a Python config describes, on
-    ``MODEL.DEVICE``.
-
-    Args:
-        cfg: of the detector.
-        source: where it comes from, for messages.
-
-    Raises:
-        UserError: if the name is unknown, the device is not there, or Detectron2 refuses to build
-            what the config describes.
-    """
-    device = _device(cfg)
-    detector = _build_architecture(cfg, source)
-    return detector.to(device)
-
-
-def _device(cfg: CfgNode) -> torch.device:
-    name = cfg.MODEL.DEVICE
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"MODEL.DEVICE is '{name}': give cpu, cuda or cuda:<number>") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = f"torch sees {torch.cuda.device_count()}" if torch.cuda.device_count() else ""
-        raise UserError(
-            f"MODEL.DEVICE is '{name}' but no {'such ' if there else ''}CUDA device is available"
-            f"{f' ({there})' if there else ''}: add 'MODEL.DEVICE cpu' at the end of the command"
-        )
-    if device.index is not None:  # random streams, clocks and memory are those of the current one
-        torch.cuda.set_device(device)
-    return device
-
-
-def _build_architecture(cfg: CfgNode, source: str) -> nn.Module:
-    if is_lazy(cfg):
-        return _instantiated(lazy_config(cfg).model, source)
-    name = cfg.MODEL.META_ARCHITECTURE
-    known = [k for k, _ in META_ARCH_REGISTRY if k != "TeacherStudent"]  # it is put around one
-    if name not in known:
-        raise UserError(f"MODEL.META_ARCHITECTURE is '{name}': {nearest(name, known)}")
-    detector = _built(lambda: META_ARCH_REGISTRY.get(name)(cfg), name, source)
-    check_p7(cfg, getattr(detector, "backbone", None))
-    return detector
-
-
-def _built(build: Callable[[], nn.Module], name: str, source: str) -> nn.Module:
-    """Turns what Detectron2 refuses into a :class:`UserError`; a fault of d2kd stays one."""
-    try:
-        return build()
-    except UserError:
-        raise
-    except Exception as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if os.path.abspath(raised_in).startswith(_PACKAGE):
-            raise
-        raise UserError(
-            f"{source}: {name} cannot be built: {reason(error)} (--debug shows where)"
-        ) from error
-
-
-def _instantiated(model: DictConfig, source: str) -> nn.Module:
-    """The detector that a Python config describes."""
-    detector = _built(lambda: instantiate(model), "its model", source)
-    if not isinstance(detector, nn.Module):
-        raise UserError(f"{source}: its 'model' is no detector, but {type(detector).__name__}")
-    return detector
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -322,43 +238,3 @@ def _fill_teacher(
         student=student,
         student_format=cfg.INPUT.FORMAT,
     )
-
-
-def build_teacher_detector(cfg: CfgNode) -> TeacherSource:
-    """The teacher as initialised, on the CPU: weights are read there, so that the processes of a
-    run do not meet on one device.
-
-    Raises:
-        UserError: if there is no such config, or it cannot be built.
-    """
-    node = cfg.DISTILL.TEACHER
-    if not node.CONFIG:
-        raise UserError(
-            f"DISTILL.TEACHER.CONFIG is empty, but DISTILL.METHODS is {list(cfg.DISTILL.METHODS)}: "
-            "give the teacher's config file, or a name in Detectron2's model zoo"
-        )
-    path = resolve_config(node.CONFIG, "DISTILL.TEACHER.CONFIG")
-    weights = node.WEIGHTS or zoo_weights(path) or trained_weights(path)
-    if is_python(path):
-        return _lazy_teacher(path, node.OPTS, weights)
-    teacher_cfg = read_config(path, node.OPTS, "DISTILL.TEACHER.OPTS")
-    teacher_cfg.MODEL.TIMM.PRETRAINED = False  # its checkpoint fills everything
-    detector = _build_architecture(teacher_cfg, path)
-    weights = weights or teacher_cfg.MODEL.WEIGHTS or shipped_weights(path)
-    return TeacherSource(detector, teacher_cfg.INPUT.FORMAT, weights)
-
-
-def _lazy_teacher(path: str, opts: Sequence, weights: str) -> TeacherSource:
-    """A teacher whose config is a Python program."""
-    key = "DISTILL.TEACHER.OPTS"
-    if not all("=" in str(word) for word in opts):
-        if len(opts) % 2:
-            raise UserError(f"{key}: give pairs of KEY VALUE, not {len(opts)} words: {list(opts)}")
-        opts = [f"{name}={value}" for name, value in zip(opts[::2], opts[1::2])]
-    lazy = load_program(path, opts, key)
-    if "model" not in lazy:
-        raise UserError(f"{path}: defines no 'model': give a LazyConfig of a detector")
-    detector = _instantiated(lazy.model, path)
-    mapper = lazy.get("dataloader", {}).get("train", {}).get("mapper", {})
-    weights = weights or lazy.get("train", {}).get("init_checkpoint", "")
-    return TeacherSource(detector, mapper.get("image_format", "BGR"), weights)

@@ -23,7 +23,7 @@ from .teacher import Teacher, TeacherPass
 
 Schedules = Dict[Tuple[str, str], TermSchedule]
 
-# Iterations between two logs of diagnostics: reading them makes the host wait for the device.
+# Iterations between two logs, as in Detectron2: reading values makes the host wait for the device.
 LOG_PERIOD = 20
 # Between two logs of gradient ratios: one costs as much as the heads' part of the backward pass.
 BALANCE_PERIOD = 100

@@ -18,7 +18,7 @@ from d2kd.layers.random import preserve_rng_state
 from d2kd.layers.timing import mean_seconds
 from d2kd.methods.core import scalar_name
 
-from .metrics import PERIOD
+from .metrics import LOG_PERIOD
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ScheduleHook(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
-        if (iteration + 1) % PERIOD:  # reading values from the device costs time
+        if (iteration + 1) % LOG_PERIOD:  # reading values from the device costs time
             return
         storage = self.trainer.storage
         for (method, term), schedule in self._model.schedules.items():
@@ -141,7 +141,7 @@ class CostHook(HookBase):
         self._batches = batches
 
     def after_step(self) -> None:
-        if (self.trainer.iter + 1) % PERIOD:
+        if (self.trainer.iter + 1) % LOG_PERIOD:
             return
         storage = self.trainer.storage
         storage.put_scalar("max_memory", max_memory(), smoothing_hint=False)

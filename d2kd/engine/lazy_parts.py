@@ -23,10 +23,10 @@ from d2kd.data.bad_images import NamingLoader, NamingMapper
 from d2kd.data.check import load_training_dicts
 from d2kd.data.loader import ResumableLoader
 from d2kd.distillation import TeacherStudent
-from d2kd.errors import UserError, reason
+from d2kd.errors import UserError, building
 from d2kd.lazy import lazy_config, target_of
 
-from .metrics import PERIOD
+from .metrics import LOG_PERIOD
 from .optimizer import spare_from_decay
 
 logger = logging.getLogger(__name__)
@@ -113,8 +113,8 @@ def set_up_training(cfg: CfgNode, model: nn.Module) -> None:
         model: as it is trained, by one process or several.
     """
     settings = lazy_config(cfg).train
-    if settings.get("log_period", PERIOD) != PERIOD:
-        logger.warning(f"train.log_period is not heeded: metrics come every {PERIOD} steps")
+    if settings.get("log_period", LOG_PERIOD) != LOG_PERIOD:
+        logger.warning(f"train.log_period is not heeded: metrics come every {LOG_PERIOD} steps")
     if not isinstance(model, DistributedDataParallel):
         return
     on = [name for name, value in settings.get("ddp", {}).items() if value]
@@ -144,11 +144,5 @@ def _evaluation(cfg: CfgNode, dataset_name: str) -> DictConfig:
 
 
 def _build(call: Any, place: str) -> Any:
-    try:
+    with building(place):
         return instantiate(call)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a call of the config's can raise
-        raise UserError(
-            f"{place} cannot be built: {reason(error)} (--debug shows where)"
-        ) from error

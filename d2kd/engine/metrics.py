@@ -12,10 +12,9 @@ from d2kd.distillation.teacher_student import LOG_PERIOD
 
 from .progress import WINDOW, ProgressPrinter
 
-METRICS = "metrics.json"
-PERIOD = LOG_PERIOD  # iterations between two lines, as in Detectron2
+METRICS_FILE = "metrics.json"
 # Values to keep of each: one at least is from before the last write, if there was one
-_KEPT = PERIOD + WINDOW
+_KEPT = LOG_PERIOD + WINDOW
 
 # What these end with tells of the process, not of the run
 _OF_THE_PROCESS = ("time", "eta_seconds", "max_memory")
@@ -36,7 +35,7 @@ def recent_scalars(storage: EventStorage) -> Scalars:
 
 def last_write(iteration: int) -> int:
     """The last iteration before another one in which metrics were written; -1 if in none."""
-    return iteration // PERIOD * PERIOD - 1
+    return iteration // LOG_PERIOD * LOG_PERIOD - 1
 
 
 def restore_metrics(
@@ -61,7 +60,7 @@ def restore_metrics(
         if not isinstance(writer, ProgressPrinter):
             writer.write()  # remembers how far it came
     if comm.is_main_process():
-        forget_lines(os.path.join(folder, METRICS), written)
+        forget_lines(os.path.join(folder, METRICS_FILE), written)
     _put(storage, scalars, range(written + 1, iteration + 1))
 
 
@@ -92,7 +91,7 @@ def read_metrics(folder: str) -> List[Dict[str, float]]:
     """The lines of a run's metrics, each with the scalars of one ``iteration``; none of a run that
     wrote none. What is no number is passed over, and what a process that was killed left of a
     line."""
-    path = os.path.join(folder, METRICS)
+    path = os.path.join(folder, METRICS_FILE)
     if not os.path.isfile(path):
         return []
     with open(path, "rb") as f:

@@ -2,7 +2,7 @@
 that do not decay."""
 
 import contextlib
-from typing import Callable, Dict, Iterator, List, TypeVar
+from typing import Dict, Iterator, List
 
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +13,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from d2kd.distillation import TeacherStudent
-from d2kd.errors import UserError, reason
+from d2kd.errors import UserError, building
 
 # SOLVER.CLIP_GRADIENTS.CLIP_TYPE beside Detectron2's "value" and "norm", which go by parameter
 TOTAL_NORM = "full_model"
@@ -30,7 +30,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         UserError: if torch or Detectron2 refuse a value.
     """
-    return _built(lambda: _build_optimizer(cfg, model), "optimizer")
+    with building("the optimizer that SOLVER describes"):
+        return _build_optimizer(cfg, model)
 
 
 def build_lr_scheduler(
@@ -41,22 +42,8 @@ def build_lr_scheduler(
     Raises:
         UserError: if Detectron2 refuses a value.
     """
-    return _built(lambda: build_schedule(cfg, optimizer), "schedule of the learning rate")
-
-
-_T = TypeVar("_T")
-
-
-def _built(build: Callable[[], _T], what: str) -> _T:
-    try:
-        return build()
-    except UserError:
-        raise
-    except Exception as error:  # whatever is made of a value that does not suit
-        raise UserError(
-            f"the {what} that SOLVER describes cannot be built: {reason(error)} (--debug shows "
-            "where)"
-        ) from error
+    with building("the schedule of the learning rate that SOLVER describes"):
+        return build_schedule(cfg, optimizer)
 
 
 @contextlib.contextmanager

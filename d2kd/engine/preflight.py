@@ -12,8 +12,8 @@ from d2kd.data.loader import images_per_process
 from d2kd.errors import UserError
 from d2kd.lazy import is_lazy
 
+from .evaluators import refuse_without_evaluator
 from .scaling import scale_to_processes
-from .trainer import refuse_without_evaluator
 
 _COCO_KEYPOINTS = 17
 

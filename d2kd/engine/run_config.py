@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import yaml
 from detectron2.config import CfgNode
@@ -14,6 +14,7 @@ from d2kd.config import default_config
 from d2kd.errors import UserError
 from d2kd.lazy import comparable, is_lazy, is_python, lazy_config, load_program, to_program
 from d2kd.safe_yaml import read_yaml
+from d2kd.schema import leaves
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ def differences(saved: Mapping[str, Any], cfg: CfgNode) -> List[str]:
         a few words per key that changes the result of a run and has another value. A key that the
         saved one lacks counts with its default.
     """
-    before, now = {**_flat(_defaults(cfg)), **_flat(saved)}, _flat(_plain(cfg))
+    before = {**dict(leaves(_defaults(cfg))), **dict(leaves(saved))}
+    now = dict(leaves(_plain(cfg)))
     return [
         f"{key} {_words(before.get(key, _MISSING), 'was')}, {_words(now.get(key, _MISSING), 'is')}"
         for key in sorted({*before, *now})
@@ -151,15 +153,3 @@ def _counts(key: str) -> bool:
 def _plain(cfg: CfgNode) -> Dict[str, Any]:
     """As it comes back from a file: lists for tuples."""
     return comparable(lazy_config(cfg)) if is_lazy(cfg) else yaml.safe_load(cfg.dump())
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
-    return dict(_entries(node, prefix))
-
-
-def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[Tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _entries(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -4,10 +4,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from d2kd.errors import UserError
-from d2kd.schema import get_value, set_value
+from d2kd.schema import leaves, set_value
 
 # What of a term counts iterations
-_ITERATIONS = ("WARMUP_ITERS", "START_ITER", "STOP_ITER")
+_ITERATIONS = (".WARMUP_ITERS", ".START_ITER", ".STOP_ITER")
 
 
 def scale_to_processes(cfg: CfgNode, count: int) -> CfgNode:
@@ -36,18 +36,10 @@ def scale_to_processes(cfg: CfgNode, count: int) -> CfgNode:
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / count
     frozen = scaled.is_frozen()
     scaled.defrost()
-    for key in _iteration_keys(scaled.DISTILL):
-        iterations = get_value(scaled.DISTILL, key)
-        # 0 means never or at once; a first or last iteration does not become that
-        set_value(scaled.DISTILL, key, max(round(iterations * factor), min(iterations, 1)))
+    for key, value in list(leaves(scaled.DISTILL)):
+        if key.endswith(_ITERATIONS):
+            # 0 means never or at once; a first or last iteration does not become that
+            set_value(scaled.DISTILL, key, max(round(value * factor), min(value, 1)))
     if frozen:
         scaled.freeze()
     return scaled
-
-
-def _iteration_keys(node: CfgNode, prefix: str = ""):
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _iteration_keys(value, f"{prefix}{name}.")
-        elif name in _ITERATIONS:
-            yield f"{prefix}{name}"

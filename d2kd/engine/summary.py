@@ -14,7 +14,7 @@ from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.views import find_family
 
 from .averaging import EMA
-from .metrics import METRICS, read_metrics
+from .metrics import METRICS_FILE, read_metrics
 from .results import best_of, history_of
 from .trainer import DistillTrainer
 from .versions import VERSIONS
@@ -94,7 +94,8 @@ def closing(cfg: CfgNode) -> str:
     if best:
         last = f"{history[-1][1]:.2f} at the end, "
         rows.append([metric, f"{last}{best[1]:.2f} at best, after {best[0]} iterations"])
-    rows.append(["the course of it", f"{METRICS}, {LOG}, {VERSIONS}, and TensorBoard's events"])
+    files = f"{METRICS_FILE}, {LOG}, {VERSIONS}, and TensorBoard's events"
+    rows.append(["the course of it", files])
     word = shlex.quote(folder)
     rows += [
         ["next", f"d2kd report {word}"],

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -17,7 +17,7 @@ from detectron2.engine import (
     TrainerBase,
     hooks,
 )
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
@@ -39,11 +39,11 @@ from d2kd.views import find_family
 from . import lazy_parts
 from .accumulation import accumulated_step
 from .averaging import EMAHook
-from .coco_evaluation import coco_evaluator
+from .evaluators import build_evaluator
 from .failures import as_user_error, keep_quiet_of_user_errors
 from .finite import FiniteLosses
 from .hooks import BestHook, CostHook, PreciseBN, ScheduleHook
-from .metrics import METRICS, forget_lines, has_lines_from, restore_metrics
+from .metrics import METRICS_FILE, forget_lines, has_lines_from, restore_metrics
 from .optimizer import build_lr_scheduler, build_optimizer, hyperparameters_kept
 from .processes import broadcast_statistics, wrap_ddp
 from .progress import ProgressPrinter
@@ -60,30 +60,6 @@ from .stopping import (
 )
 
 logger = logging.getLogger(__name__)
-
-# By kind of data set, from a config, the set's name and where to write
-EVALUATORS = {
-    "coco": coco_evaluator,
-    "lvis": lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder),
-    "pascal_voc": lambda cfg, name, folder: PascalVOCDetectionEvaluator(name),
-}
-
-
-def refuse_without_evaluator(dataset_name: str) -> None:
-    """
-    Raises:
-        UserError: if there is no evaluator for that kind of data set.
-    """
-    kind = _kind_of(dataset_name)
-    if kind not in EVALUATORS:
-        raise UserError(
-            f"DATASETS.TEST names '{dataset_name}', whose evaluator_type is '{kind}': d2kd "
-            f"evaluates {', '.join(EVALUATORS)}"
-        )
-
-
-def _kind_of(dataset_name: str) -> str:
-    return MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
 
 
 class DistillTrainer(DefaultTrainer):
@@ -235,7 +211,7 @@ class DistillTrainer(DefaultTrainer):
 
     def is_finished(self) -> bool:
         """Whether the run that is resumed has done all steps and the evaluation behind them."""
-        path = os.path.join(self.cfg.OUTPUT_DIR, METRICS)
+        path = os.path.join(self.cfg.OUTPUT_DIR, METRICS_FILE)
         return self.start_iter >= self.max_iter and has_lines_from(path, self.max_iter)
 
     def train(self) -> OrderedDict:
@@ -262,7 +238,7 @@ class DistillTrainer(DefaultTrainer):
         if self.start_iter:
             self._finish_saved_step()
         elif comm.is_main_process():  # of a run that saved nothing
-            forget_lines(os.path.join(self.cfg.OUTPUT_DIR, METRICS), -1)
+            forget_lines(os.path.join(self.cfg.OUTPUT_DIR, METRICS_FILE), -1)
 
     def _finish_saved_step(self) -> None:
         """What comes after saving in a step, evaluation and metrics, is made up for."""
@@ -384,11 +360,8 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        if is_lazy(cfg):
-            return lazy_parts.build_evaluator(cfg, dataset_name)
-        refuse_without_evaluator(dataset_name)
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return EVALUATORS[_kind_of(dataset_name)](cfg, dataset_name, folder)
+        build = lazy_parts.build_evaluator if is_lazy(cfg) else build_evaluator
+        return build(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:

@@ -13,8 +13,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2kd.config import read_config
-from d2kd.distillation import TeacherStudent, build_model
-from d2kd.distillation.build import build_teacher_detector, distilled_methods
+from d2kd.distillation import TeacherStudent, build_model, distilled_methods, save_random_teacher
 from d2kd.distillation.teacher import TeacherPass
 from d2kd.errors import UserError
 from d2kd.layers.memory import keep_freed_memory
@@ -182,8 +181,7 @@ def random_pair(cfg: CfgNode) -> TeacherStudent:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         cfg.DISTILL.TEACHER.WEIGHTS = os.path.join(folder, "teacher.pth")
-        teacher = build_teacher_detector(cfg).detector
-        torch.save({"model": teacher.state_dict()}, cfg.DISTILL.TEACHER.WEIGHTS)
+        save_random_teacher(cfg, cfg.DISTILL.TEACHER.WEIGHTS)
         model = build_model(cfg)
     if not isinstance(model, TeacherStudent):
         raise UserError("DISTILL.METHODS is empty, or all weights are 0: nothing to compare")

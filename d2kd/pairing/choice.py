@@ -5,7 +5,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 from detectron2.config import CfgNode
 
 from d2kd.config import check_config
-from d2kd.distillation.build import declared_reads, weights_on_classes
+from d2kd.distillation import declared_reads, weights_on_classes
 from d2kd.errors import UserError, nearest
 from d2kd.methods import DISTILLER_REGISTRY
 

@@ -10,8 +10,7 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
 from d2kd.data.classes import class_names_of, plain_name
-from d2kd.distillation import build_detector
-from d2kd.distillation.build import TeacherSource, build_teacher_detector
+from d2kd.distillation import TeacherSource, build_detector, build_teacher_detector
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
 from d2kd.lazy import is_python

@@ -8,7 +8,7 @@ import jinja2
 import d2kd
 from d2kd.checkpoint import written_whole
 from d2kd.distillation import TeacherStudent, fill_from_run
-from d2kd.distillation.report import LOSS_HEADERS, PAIR_HEADERS, loss_rows, pair_rows
+from d2kd.distillation.pair_report import LOSS_HEADERS, PAIR_HEADERS, loss_rows, pair_rows
 from d2kd.engine.runs import TrainedRun
 from d2kd.errors import UserError
 from d2kd.views import build_family

@@ -8,8 +8,7 @@ from toys import STUDENTS, config, detector, distill_config
 
 from d2kd.checkpoint.weights import checksum
 from d2kd.config import default_config, load_yaml
-from d2kd.distillation import TeacherStudent, build_detector, build_model
-from d2kd.distillation.build import build_teacher_detector
+from d2kd.distillation import TeacherStudent, build_detector, build_model, build_teacher_detector
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import resolve_config
