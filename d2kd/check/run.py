@@ -89,7 +89,7 @@ def check_run(
             yield _attempt("teacher", lambda: _teacher(cfg, teacher_ap), debug)
 
 
-def check_config(cfg: CfgNode, debug: bool = False) -> Iterator[Part]:
+def check_without_data(cfg: CfgNode, debug: bool = False) -> Iterator[Part]:
     """What can be known of a config without its data and without its teacher's weights.
 
     Args:

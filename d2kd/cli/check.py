@@ -22,7 +22,7 @@ from typing import Iterator, Optional
 
 from detectron2.config import CfgNode
 
-from d2kd.check import Part, TeacherAP, check_config, check_run
+from d2kd.check import Part, TeacherAP, check_run, check_without_data
 from d2kd.config import read_config
 from d2kd.data.findings import ERROR, WARNING, count, summary
 from d2kd.errors import UserError
@@ -102,7 +102,7 @@ def _parts(args: argparse.Namespace, folder: str) -> Iterator[Part]:
 
 def _parts_of(args: argparse.Namespace, cfg: CfgNode, config_only: bool) -> Iterator[Part]:
     if config_only:
-        return check_config(cfg, debug=args.debug)
+        return check_without_data(cfg, debug=args.debug)
     return check_run(
         cfg,
         num_gpus=args.num_gpus,

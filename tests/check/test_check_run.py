@@ -7,7 +7,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from toys import distill_config
 
-from d2kd.check import TeacherAP, check_config, check_run
+from d2kd.check import TeacherAP, check_run, check_without_data
 from d2kd.check import run as checks
 from d2kd.cli.main import main
 from d2kd.data.findings import ERROR
@@ -77,7 +77,7 @@ def test_a_teacher_that_is_not_there(cfg):
     cfg.DISTILL.TEACHER.WEIGHTS = "nowhere.pth"
     [message] = errors(parts_of(cfg, images=False))
     assert "nowhere.pth" in message
-    assert not errors({p.name: p for p in check_config(cfg, debug=True)})
+    assert not errors({p.name: p for p in check_without_data(cfg, debug=True)})
 
 
 @pytest.mark.parametrize("expected, as_expected", [(0.0, True), (50.0, False)])
