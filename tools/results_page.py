@@ -46,16 +46,19 @@ AFTER = re.compile(r"(.+), teacher after (\d+)")
 
 # Columns and rows of the matrix, the rows with their name in step_costs.json and their experiments;
 # of a method that was measured on equal terms twice, the later experiment counts
-METHODS = ("CrossKD", "mimicking", "LD", "DeFeat", "FRS", "HGD", "PKD", "MGD")
+METHODS = ("CrossKD", "mimicking", "LD", "DeFeat", "FRS", "HGD", "PKD", "MGD", "G-DetKD")
 DETECTORS = {
     "RetinaNet": ("retinanet", ("methods_retinanet", "levels_retinanet")),
     "FCOS": ("fcos", ("methods_fcos", "levels_fcos")),
     "PaperFCOS": ("paper_fcos", ("methods_paper_fcos",)),
     "ATSS": ("atss", ("methods_atss",)),
     "GFL": ("gfl", ("methods_gfl",)),
+    "Faster R-CNN": ("faster_rcnn", ("methods_faster_rcnn",)),
+    "RetinaNet, of a Faster R-CNN": ("heterogeneous_retinanet", ("heterogeneous_retinanet",)),
     "RetinaNet, pretrained": ("retinanet", ("pretrained_retinanet",)),
 }
-EQUAL_TERMS = re.compile(r"(.+), (share 8|P3 to P5)")
+# G-DetKD was worse with the weights that `d2kd balance` proposes
+EQUAL_TERMS = re.compile(r"(?!G-DetKD)(.+), (?:share 8|P3 to P5)|(G-DetKD), published")
 
 
 def page(text: str, folder: Path) -> str:
@@ -218,7 +221,7 @@ def matrix_row(detector: str, names: Sequence[str], equal_time: bool) -> Dict[st
         rows = by_label(read_runs(name))
         plain = next(iter(rows.values()))
         for match in filter(None, map(EQUAL_TERMS.fullmatch, rows)):
-            label, method = match[0], match[1]
+            label, method = match[0], match[1] or match[2]
             if not equal_time:
                 found[method] = gain(rows[label], plain)
             elif method in costs:

@@ -84,8 +84,8 @@ class CrossKD(DenseKD):
         self,
         *,
         branches: Mapping[str, str],
-        depth: int = 3,
-        pre_activation: bool = False,
+        depth: int,
+        pre_activation: bool,
         widths: Mapping[str, Tuple[int, int]],
         **kwargs,
     ):

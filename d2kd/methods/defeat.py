@@ -185,15 +185,15 @@ class DeFeat(Distiller):
         self,
         *,
         terms: Sequence[str],
-        levels: Sequence[LevelPair] = (),
-        stages: Sequence[LevelPair] = (),
+        levels: Sequence[LevelPair],
+        stages: Sequence[LevelPair],
         finest: Optional[Level],
-        num_classes: int = 0,
-        neck_assign: str = "official",
-        stage_assign: str = "all_levels",
-        proposals_from: str = "teacher",
-        temperatures: Tuple[float, float] = (1.0, 1.0),
-        cascade_stage: int = 0,
+        num_classes: int,
+        neck_assign: str,
+        stage_assign: str,
+        proposals_from: str,
+        temperatures: Tuple[float, float],
+        cascade_stage: int,
     ):
         """
         Args:

@@ -131,8 +131,8 @@ class FRS(Distiller):
         self,
         *,
         levels: Sequence[LevelPair],
-        terms: Sequence[str] = ("feature", "cls"),
-        centerness: bool = False,
+        terms: Sequence[str],
+        centerness: bool,
     ):
         """
         Args:

@@ -87,8 +87,8 @@ class LD(Distiller):
         *,
         num_levels: int,
         num_anchors: int,
-        terms: Sequence[str] = ("bbox",),
-        temperature: float = 10.0,
+        terms: Sequence[str],
+        temperature: float,
     ):
         """
         Args:

@@ -100,8 +100,8 @@ class MGD(Distiller):
         self,
         *,
         levels: Sequence[LevelPair],
-        terms: Sequence[str] = ("feature",),
-        mask_ratio: float = 0.65,
+        terms: Sequence[str],
+        mask_ratio: float,
     ):
         """
         Args:

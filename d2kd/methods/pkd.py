@@ -63,7 +63,7 @@ class PKD(Distiller):
     }
 
     @configurable
-    def __init__(self, *, levels: Sequence[LevelPair], terms: Sequence[str] = ("feature",)):
+    def __init__(self, *, levels: Sequence[LevelPair], terms: Sequence[str]):
         """
         Args:
             levels: (student, teacher) FPN levels of equal stride, finest first; where their

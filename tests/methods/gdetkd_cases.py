@@ -5,6 +5,7 @@ from detectron2.structures import Boxes
 from toys import distill_config, step
 
 from d2kd.distillation import build_model
+from d2kd.methods.gdetkd.contrast import RegionContrast
 from d2kd.views import RegionSet
 
 KEY = "DISTILL.GDETKD."
@@ -59,3 +60,10 @@ def calls_of(modules):
     for name, module in modules.items():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     return calls
+
+
+def region_contrast(student_dim, teacher_dim, **changed):
+    """A :class:`RegionContrast` with the defaults of the config, but for some."""
+    options = {"proj_dim": 128, "num_anchors": 1, "gamma": 0.07, "positive_in_denominator": True}
+    options.update(negative_iou=0.5, queue_size=81920)
+    return RegionContrast(student_dim, teacher_dim, **{**options, **changed})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.structures import Boxes
+from gdetkd_cases import region_contrast
 from torch.nn import functional as F
 
 from d2kd.layers import gather_over_gpus
@@ -12,7 +13,7 @@ from d2kd.methods.gdetkd import (
     contrastive_loss,
     match_levels,
 )
-from d2kd.methods.gdetkd.contrast import RegionContrast, overlapping, similarity
+from d2kd.methods.gdetkd.contrast import overlapping, similarity
 from d2kd.methods.gdetkd.predictions import classification_kl
 from d2kd.methods.gdetkd.queue import VectorQueue
 from d2kd.views import RegionSet
@@ -164,7 +165,7 @@ def test_keys_of_zeros_are_no_negatives():
     loss = contrastive_loss(queries, keys, excluded, QUEUE, 0.5)
     assert torch.allclose(loss[:3], contrastive_loss(QUERIES, TARGETS, NONE, QUEUE, 0.5))
 
-    module = RegionContrast(2, 2, proj_dim=0, gamma=0.5, negative_iou=1.0, queue_size=4)
+    module = region_contrast(2, 2, proj_dim=0, gamma=0.5, negative_iou=1.0, queue_size=4)
     boxes = [Boxes(torch.zeros(5, 4))]
     valid = torch.tensor([True] * 3 + [False] * 2)
     regions = RegionSet(boxes, [torch.zeros(5).long()], valid=valid)

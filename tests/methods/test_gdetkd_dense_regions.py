@@ -19,9 +19,15 @@ every_dense = pytest.mark.parametrize("name", DENSE)
 ALL = DenseSampling(pre_nms_topk=10**6, post_nms_topk=10**6, nms_thresh=1.0, rois_per_image=10**6)
 
 
+def limits(**changed):
+    """The defaults of the config, but for some."""
+    counts = {"pre_nms_topk": 2000, "post_nms_topk": 1000, "rois_per_image": 512}
+    return DenseSampling(**{**counts, **changed})
+
+
 def sampled(view, targets, sampling=None):
     """The regions that count."""
-    regions = sample_predicted_boxes(view, targets, sampling or DenseSampling())
+    regions = sample_predicted_boxes(view, targets, sampling or limits())
     of_images = regions.valid.split([len(b) for b in regions.boxes])
     return regions.where(of_images)
 
@@ -47,7 +53,7 @@ def origins(view):
 def test_box_vector_and_score_come_from_the_same_place(tmp_path, name):
     view, targets = student_view(tmp_path, name, batch())
     head, predictions = view.family.dense_head, view.predictions
-    regions = sampled(view, targets, DenseSampling(rois_per_image=64))
+    regions = sampled(view, targets, limits(rois_per_image=64))
     places = origins(view)
     tower = view.tower(Tower("cls", head.num_blocks("cls")))
     vectors = vectors_of(tower, regions.anchors, head.num_anchors)
@@ -138,7 +144,7 @@ def test_none_left():
 def test_the_number_of_regions_is_known_beforehand(tmp_path, name):
     """Whatever is predicted: shapes tell the host nothing."""
     view, targets = student_view(tmp_path, name, batch())
-    few = DenseSampling(post_nms_topk=10, rois_per_image=64)
+    few = limits(post_nms_topk=10, rois_per_image=64)
     for sampling, count in ((few, 10), (few._replace(post_nms_topk=100), 64)):
         regions = sample_predicted_boxes(view, targets, sampling)
         assert [len(b) for b in regions.boxes] == [count, count]
@@ -158,7 +164,7 @@ def test_one_suppression_for_a_batch(tmp_path, monkeypatch):
         return batched_nms(*args)
 
     monkeypatch.setattr(dense_regions, "batched_nms", counted)
-    few = DenseSampling(post_nms_topk=50, rois_per_image=50)
+    few = limits(post_nms_topk=50, rois_per_image=50)
     together = sampled(view, targets, few)
     assert len(calls) == 1
     for i, anchors in enumerate(together.anchors):
@@ -177,10 +183,10 @@ def test_one_suppression_for_a_batch(tmp_path, monkeypatch):
 def test_share_of_positives(tmp_path, name):
     view, targets = student_view(tmp_path, name, batch())
     # Objects where boxes are predicted, so that there are positives
-    some, _ = sampled(view, targets, DenseSampling(rois_per_image=20)).boxes
+    some, _ = sampled(view, targets, limits(rois_per_image=20)).boxes
     size = targets[0].image_size
     objects = Instances(size, gt_boxes=some, gt_classes=torch.arange(len(some)) % 6)
-    sampling = DenseSampling(rois_per_image=16)
+    sampling = limits(rois_per_image=16)
     regions = sampled(view, [objects, targets[1]], sampling)
     boxes, classes = regions.boxes[0], regions.classes[0]
     positive = classes < 6
@@ -194,7 +200,7 @@ def test_share_of_positives(tmp_path, name):
 @pytest.mark.parametrize("name", ["RetinaNet", "FCOS"])
 def test_objects_alone_keep_their_anchors(tmp_path, name):
     view, targets = student_view(tmp_path, name, batch())
-    regions = sampled(view, targets, DenseSampling(rois_per_image=64))
+    regions = sampled(view, targets, limits(rois_per_image=64))
     marked = [torch.arange(len(b)) % 3 == 1 for b in regions.boxes]
     some = regions.where(marked)
     for parts in zip(some.anchors, regions.anchors, marked):

@@ -16,13 +16,13 @@ from gdetkd_cases import (
     calls_of,
     distilled,
     model_of,
+    region_contrast,
     regions_of,
     views_of,
 )
 from toys import AS_LOADED, STUDENTS, batch, detector, gradients, step
 
 from d2kd.methods.gdetkd import class_aware_localization
-from d2kd.methods.gdetkd.contrast import RegionContrast
 from d2kd.methods.gdetkd.predictions import classification_kl
 from d2kd.views import Dense, Features, Proposals, Regions, RegionSet, Tower
 
@@ -213,7 +213,7 @@ def test_step_is_compared_with_the_queue_before_it_enters(tmp_path):
 
 def test_every_anchor_of_a_location_has_an_adapter_of_its_own():
     torch.manual_seed(0)
-    contrast = RegionContrast(4, 5, proj_dim=3, num_anchors=3, queue_size=0)
+    contrast = region_contrast(4, 5, proj_dim=3, num_anchors=3, queue_size=0)
     vectors, anchors = torch.randn(4, 4), [torch.tensor([0, 7]), torch.tensor([5, 3])]
     weight, bias = contrast.adapter.weight.unflatten(0, (3, 5)), contrast.adapter.bias.view(3, 5)
     expected = [weight[a] @ x + bias[a] for x, a in zip(vectors, (0, 1, 2, 0))]
@@ -221,7 +221,7 @@ def test_every_anchor_of_a_location_has_an_adapter_of_its_own():
 
 
 def test_diagnostics_of_the_contrast(tmp_path):
-    contrast = RegionContrast(5, 6, proj_dim=4, queue_size=8)
+    contrast = region_contrast(5, 6, proj_dim=4, queue_size=8)
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [20, 20, 30, 30]])
     loss, diagnostics = contrast(torch.randn(3, 5), torch.randn(3, 6), regions_of(boxes))
     numbers = diagnostics()

@@ -7,12 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.structures import Boxes
-from gdetkd_cases import KEY, PREDICTIONS_OFF, distilled
+from gdetkd_cases import KEY, PREDICTIONS_OFF, distilled, region_contrast
 from torch.nn.parallel import DistributedDataParallel
 from toys import batch, distill_config, gradients, step
 
 from d2kd.distillation import build_model
-from d2kd.methods.gdetkd.contrast import RegionContrast
 from d2kd.views import RegionSet
 
 
@@ -44,7 +43,7 @@ def regions(sizes, seed=0):
 def contrast(images, **options):
     """Three steps, the last with gradient: loss, gradients and queue."""
     torch.manual_seed(0)
-    module = RegionContrast(5, 6, **{"proj_dim": 4, "queue_size": 20, **options})
+    module = region_contrast(5, 6, **{"proj_dim": 4, "queue_size": 20, **options})
     student, teacher, boxes = zip(*images)
     regions = RegionSet(boxes, [torch.zeros(len(b), dtype=torch.long) for b in boxes])
     for _ in range(3):

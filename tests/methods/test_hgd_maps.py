@@ -34,6 +34,9 @@ class MadeUpView:
         return MadeUpView(maps, self.images.image_sizes[n : n + 1])
 
 
+# Arguments of HGD that are called as their keys
+OPTIONS = ("PRE_ACTIVATION", "NORM", "DISTANCE", "SPATIAL_POWER", "CHANNEL_POWER", "GAP_POWER")
+OPTIONS += ("FOREGROUND", "MAX_WEIGHT", "MACRO", "MACRO_POWER")
 PAIRS = [
     StagePair("stages", Level("res2", 4, 3), (Level("res2", 4, 3),)),
     StagePair("stages", Level("res3", 8, 4), (Level("res3", 8, 6),)),
@@ -55,6 +58,8 @@ def views(seed=0, sizes=((16, 24), (11, 24)), factor=1.0):
 
 def distiller(pairs=PAIRS, **options):
     torch.manual_seed(0)
+    defaults = {key.lower(): HGD.keys[key].default for key in OPTIONS}
+    options = {"terms": ("feature",), "learned_shares": False, **defaults, **options}
     return HGD(pairs=pairs, **options)
 
 

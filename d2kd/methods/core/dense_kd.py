@@ -157,9 +157,9 @@ class DenseKD(Distiller):
         box_mean: bool,
         num_levels: int,
         num_anchors: int,
-        terms: Sequence[str] = ("cls", "bbox"),
-        beta: float = 1.0,
-        temperature: float = 1.0,
+        terms: Sequence[str],
+        beta: float,
+        temperature: float,
     ):
         """
         Args:

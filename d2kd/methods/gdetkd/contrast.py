@@ -145,12 +145,12 @@ class RegionContrast(nn.Module):
         student_dim: int,
         teacher_dim: int,
         *,
-        proj_dim: int = 128,
-        num_anchors: int = 1,
-        gamma: float = 0.07,
-        positive_in_denominator: bool = True,
-        negative_iou: float = 0.5,
-        queue_size: int = 81920,
+        proj_dim: int,
+        num_anchors: int,
+        gamma: float,
+        positive_in_denominator: bool,
+        negative_iou: float,
+        queue_size: int,
     ):
         """
         Args:

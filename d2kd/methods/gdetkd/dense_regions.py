@@ -23,11 +23,11 @@ from d2kd.views import RegionSet, StudentView
 class DenseSampling(NamedTuple):
     """How many boxes are taken, and which."""
 
-    pre_nms_topk: int = 2000  # best anchors per level and image
+    pre_nms_topk: int  # best anchors per level and image
+    post_nms_topk: int  # best boxes per image
+    rois_per_image: int
     nms_thresh: float = 0.7  # IoU, within a level
-    post_nms_topk: int = 1000  # best boxes per image
     positive_iou: float = 0.5  # with an object, from which on a box is positive
-    rois_per_image: int = 512
     positive_fraction: float = 0.25  # at most so many of them
 
 

@@ -70,12 +70,12 @@ class GDetKD(Distiller):
         terms: Sequence[str],
         num_classes: int,
         source: Optional[Union[TwoStageRegions, DenseRegions]],
-        foreground_only: bool = False,
-        imitation: Optional[nn.Module] = None,
-        contrast: Optional[RegionContrast] = None,
-        pre_activation: bool = False,
+        foreground_only: bool,
+        imitation: Optional[nn.Module],
+        contrast: Optional[RegionContrast],
+        pre_activation: bool,
         delta_scale: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-        head_transfer: bool = False,
+        head_transfer: bool,
     ):
         """
         Args:

@@ -127,7 +127,7 @@ class SoftImitation(_RegionImitation):
         levels: Sequence[Level],
         channels: int,
         resolution: Tuple[int, int],
-        embed_dims: Sequence[int] = (128, 64),
+        embed_dims: Sequence[int],
     ):
         """
         Args:
@@ -249,7 +249,7 @@ class TeacherSoftImitation(SoftImitation):
         levels: Sequence[Level],
         channels: int,
         resolution: Tuple[int, int],
-        embed_dims: Sequence[int] = (128, 64),
+        embed_dims: Sequence[int],
         *,
         teacher_levels: Sequence[Level],
     ):

@@ -37,7 +37,7 @@ def hidden_vectors(view: View, regions: RegionSet, read: Regions) -> Tensor:
 class TwoStageRegions:
     """Sampled proposals, and what the box head of a two-stage student makes of them."""
 
-    def __init__(self, proposals_from: str = "student", pre_activation: bool = False):
+    def __init__(self, proposals_from: str, pre_activation: bool):
         """
         Args:
             proposals_from: student or teacher.
@@ -70,7 +70,7 @@ class DenseRegions:
     """Boxes that a dense student predicts, and what its class tower holds where they were
     predicted."""
 
-    def __init__(self, sampling: DenseSampling, num_blocks: int, pre_activation: bool = False):
+    def __init__(self, sampling: DenseSampling, num_blocks: int, pre_activation: bool):
         """
         Args:
             sampling: which boxes.
