@@ -18,7 +18,8 @@ from d2kd.checkpoint.weights import checksum
 from d2kd.cli.main import main
 from d2kd.config import default_config, read_config
 from d2kd.distillation import build_detector, build_model
-from d2kd.engine import DistillTrainer
+from d2kd.engine import DistillTrainer, evaluators
+from d2kd.engine.preflight import refuse_no_evaluation
 from d2kd.engine.run_config import write_run_config
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
@@ -238,6 +239,14 @@ def test_own_data_name_the_data_sets_and_the_classes(tmp_path, toy_dataset):
     write_run_config(cfg)
     again = read_config(str(tmp_path / "config.py"))
     assert again.DATASETS == cfg.DATASETS and again.DISTILL == cfg.DISTILL
+
+
+def test_it_brings_the_evaluator_of_any_kind_of_data(tmp_path, toy_dataset, monkeypatch):
+    monkeypatch.setattr(evaluators, "EVALUATORS", {})
+    refuse_no_evaluation(config(tmp_path))
+    sets = ["DATASETS.TRAIN", toy_dataset[:1], "DATASETS.TEST", toy_dataset[1:]]
+    with pytest.raises(UserError, match="'toy_val', whose evaluator_type is 'coco'"):
+        refuse_no_evaluation(read_config(PLAIN, sets))
 
 
 def groups_by_name(model, base_lr, weight_decay_norm):
