@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from d2kd.checkpoint import refuse_occupied
-from d2kd.data.check import check_dataset_names
+from d2kd.data.check import check_dataset_names, masks_needed
 from d2kd.data.findings import ERROR, WARNING, Finding, count
 from d2kd.data.images import check_images
 from d2kd.data.loader import images_per_process
@@ -179,7 +179,7 @@ def _data(cfg: CfgNode, images: bool, debug: bool) -> Iterator[Part]:
 def _data_set(cfg: CfgNode, split: str, name: str, images: bool) -> Part:
     evaluated = split == "TEST"
     with _Log() as log:
-        content = look_into(name, evaluated, cfg.MODEL.MASK_ON and not evaluated)
+        content = look_into(name, evaluated, masks_needed(cfg, evaluated))
     bad = check_images(content.images, os.cpu_count() or 1, name) if images else []
     if not evaluated and count(bad, ERROR) <= cfg.RUN.SKIP_BAD_IMAGES:
         bad = [finding._replace(severity=WARNING) for finding in bad]

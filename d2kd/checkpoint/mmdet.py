@@ -28,6 +28,16 @@ _LEFT_OUT = {
     r"(teacher|teacher_model|distiller)\..*": "not the student's",
 }
 _SCALE = re.compile(r"bbox_head\.scales\.(\d{1,2})\.scale")
+# Heads whose outputs stand by anchor: in the file's config, what their names have, and which of
+# them, by Detectron2's name, are the boxes
+_ANCHORED = (
+    ("bbox_head", re.compile(r"\.retina_(cls|reg)\."), "head.bbox_pred.weight"),
+    (
+        "rpn_head",
+        re.compile(r"rpn_head\.rpn_(cls|reg)\."),
+        "proposal_generator.rpn_head.anchor_deltas.weight",
+    ),
+)
 _TOWER_WEIGHT = re.compile(r"head\.(cls|bbox)_subnet\.\d+\.weight")
 
 
@@ -112,16 +122,16 @@ def _refuse_swin(names: Mapping[str, str]) -> None:
 
 
 def _reorder_anchors(result: Converted, meta: Optional[Mapping]) -> None:
-    """RetinaNet: MMDetection's anchors stand by ratio, then scale; Detectron2's by scale, then
-    ratio. Output channels (ratio, scale, d) -> (scale, ratio, d)."""
-    boxes = result.tensors.get("head.bbox_pred.weight")
-    names = [n for n, source in result.sources.items() if source and ".retina_" in source]
-    if boxes is None or not names:
-        return
-    ratios, scales = anchor_counts(meta, len(boxes) // 4)
-    for name in names:
-        by_ratio = result.tensors[name].unflatten(0, (ratios, scales, -1))
-        result.tensors[name] = by_ratio.transpose(0, 1).flatten(0, 2)
+    """RetinaNet's head and the RPN: MMDetection's anchors stand by ratio, then scale; Detectron2's
+    by scale, then ratio. Output channels (ratio, scale, d) -> (scale, ratio, d)."""
+    for head, outputs, boxes in _ANCHORED:
+        names = [n for n, source in result.sources.items() if source and outputs.search(source)]
+        if boxes not in result.tensors or not names:
+            continue
+        ratios, scales = anchor_counts(meta, len(result.tensors[boxes]) // 4, head)
+        for name in names:
+            by_ratio = result.tensors[name].unflatten(0, (ratios, scales, -1))
+            result.tensors[name] = by_ratio.transpose(0, 1).flatten(0, 2)
 
 
 def _stack_scales(names: Mapping[str, str], state: Mapping[str, Tensor], result: Converted) -> None:

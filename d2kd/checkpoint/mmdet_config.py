@@ -104,11 +104,12 @@ def _merged(old: Any, new: Any) -> Any:
     return {**old, **{k: _merged(old.get(k), v) for k, v in new.items()}}
 
 
-def anchor_counts(meta: Optional[Mapping], num_anchors: int) -> Tuple[int, int]:
+def anchor_counts(meta: Optional[Mapping], num_anchors: int, head: str) -> Tuple[int, int]:
     """
     Args:
         meta: of the file.
-        num_anchors: of a location in a RetinaNet.
+        num_anchors: of a location.
+        head: that has them, as the file's config calls it: "bbox_head" or "rpn_head".
 
     Returns:
         how many aspect ratios and how many scales these are, by the file's config. Without one,
@@ -117,7 +118,7 @@ def anchor_counts(meta: Optional[Mapping], num_anchors: int) -> Tuple[int, int]:
     Raises:
         Unreadable: if the config is absent and several products are possible.
     """
-    ratios = node(read_config(meta), "model", "bbox_head", "anchor_generator").get("ratios")
+    ratios = node(read_config(meta), "model", head, "anchor_generator").get("ratios")
     if isinstance(ratios, list) and ratios and num_anchors % len(ratios) == 0:
         return len(ratios), num_anchors // len(ratios)
     if num_anchors == 9:
@@ -125,6 +126,6 @@ def anchor_counts(meta: Optional[Mapping], num_anchors: int) -> Tuple[int, int]:
     if all(num_anchors % i for i in range(2, num_anchors)):  # one ratio or one scale: no order
         return num_anchors, 1
     raise Unreadable(
-        f"holds a RetinaNet with {num_anchors} anchors per location, and does not tell how many "
+        f"holds a detector of {num_anchors} anchors per location, and does not tell how many "
         "ratios and scales these are: keep the 'meta' of the file from training"
     )

@@ -122,5 +122,5 @@ def _anchors(generator: Mapping) -> Settings:
     scales = generator.get("scales") or octave
     return {
         SIZES: [[stride * scale for scale in scales] for stride in generator["strides"]],
-        RATIOS: sorted(generator["ratios"]),
+        RATIOS: list(generator["ratios"]),
     }

@@ -2,7 +2,7 @@
 nor strides nor classes."""
 
 import math
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence
 
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
@@ -151,9 +151,14 @@ def _anchor_settings(detector: nn.Module) -> Settings:
     if generator is None:
         return {}
     width, height = zip(*((x[:, 2:] - x[:, :2]).unbind(dim=1) for x in generator.cell_anchors))
-    sizes = [{round(s, 3) for s in (w * h).sqrt().tolist()} for w, h in zip(width, height)]
-    ratios = {round(r, 4) for w, h in zip(width, height) for r in (h / w).tolist()}
-    return {names.SIZES: [sorted(x) for x in sizes], names.RATIOS: sorted(ratios)}
+    sizes = [[round(s, 3) for s in (w * h).sqrt().tolist()] for w, h in zip(width, height)]
+    ratios = [round(r, 4) for w, h in zip(width, height) for r in (h / w).tolist()]
+    # In their order, which is that of the channels
+    return {names.SIZES: [_distinct(x) for x in sizes], names.RATIOS: _distinct(ratios)}
+
+
+def _distinct(values: Sequence[float]) -> List[float]:
+    return list(dict.fromkeys(values))
 
 
 def _same(a: Any, b: Any) -> bool:

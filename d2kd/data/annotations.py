@@ -39,14 +39,15 @@ class _Boxes(NamedTuple):
 
 
 def check_annotations(
-    data: Any, path: str, evaluated: bool = False, masks: bool = False
+    data: Any, path: str, evaluated: bool = False, masks: str = ""
 ) -> List[Finding]:
     """
     Args:
         data: what the file holds.
         path: the file, for messages.
         evaluated: COCO's evaluation reads it, and needs more.
-        masks: every annotation needs a segmentation.
+        masks: every annotation needs one in this form, as in ``INPUT.MASK_FORMAT``: "polygon", or
+            "bitmask", which may be either; empty = none.
 
     Returns:
         what is wrong, in the order of the file. Without a list of images or of categories nothing
@@ -209,7 +210,7 @@ def _categories(categories: Sequence[Mapping[str, Any]], path: str) -> Iterator[
 
 
 def _needed(
-    annotations: Sequence[Mapping[str, Any]], path: str, evaluated: bool, masks: bool
+    annotations: Sequence[Mapping[str, Any]], path: str, evaluated: bool, masks: str
 ) -> Iterator[Finding]:
     for key in ("area", "iscrowd") if evaluated else ():
         for a in annotations:
@@ -220,6 +221,9 @@ def _needed(
         if masks and not a.get("segmentation"):
             text = "has no 'segmentation', which MODEL.MASK_ON needs"
             yield _of("annotation without segmentation", ERROR, path, text, a)
+        elif masks == "polygon" and isinstance(a["segmentation"], dict) and not a.get("iscrowd"):
+            text = "'segmentation' is in run lengths: set INPUT.MASK_FORMAT to bitmask"
+            yield _of("mask in run lengths", ERROR, path, text, a)
         area = a.get("area", 0)
         if type(area) not in _NUMBERS or not -_MOST < area < _MOST:
             text = f"its 'area' is {a['area']!r:.40}, expected square pixels"

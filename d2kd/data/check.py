@@ -66,7 +66,8 @@ def load_training_dicts(cfg, load: Optional[Callable[[], List[dict]]] = None) ->
         )
     _check_annotated(dicts, names)
     _check_inside(dicts, names, "DATASETS.TRAIN")
-    _check_quickly(dicts, names, "DATASETS.TRAIN", cfg.RUN.SKIP_BAD_IMAGES)
+    masks = masks_needed(cfg, evaluated=False)
+    _check_quickly(dicts, names, "DATASETS.TRAIN", masks, cfg.RUN.SKIP_BAD_IMAGES)
     return dicts
 
 
@@ -79,15 +80,26 @@ def _load_filtered(cfg) -> List[dict]:
     )
 
 
-def _check_quickly(dicts: List[dict], names: Sequence[str], key: str, skipped: int = 0) -> None:
+def masks_needed(cfg, evaluated: bool) -> str:
+    """The form of masks that every annotation needs, see
+    :func:`~d2kd.data.annotations.check_annotations`."""
+    if not cfg.MODEL.MASK_ON:
+        return ""
+    return "bitmask" if evaluated else cfg.INPUT.MASK_FORMAT
+
+
+def _check_quickly(
+    dicts: List[dict], names: Sequence[str], key: str, masks: str, skipped: int = 0
+) -> None:
     """
     Args:
+        masks: from :func:`masks_needed`.
         skipped: how many images may be bad.
     """
     if not all(map(has_annotation_file, names)):
         # Several sets may have the same numbers for their images
         numbered = dicts if len(names) == 1 else [{**d, "image_id": i} for i, d in enumerate(dicts)]
-        refuse_errors(findings_in_dicts(numbered, names[0]), key)
+        refuse_errors(findings_in_dicts(numbered, names[0], masks), key)
     bad = quick_look(dicts)
     if len(bad) > skipped:
         refuse_errors(bad, key)
@@ -107,8 +119,8 @@ def check_annotation_files(cfg, training: bool = True) -> None:
     for key, names in (("TRAIN", cfg.DATASETS.TRAIN * training), ("TEST", cfg.DATASETS.TEST)):
         for name in names:
             if name in DatasetCatalog and has_annotation_file(name):
-                masks = key == "TRAIN" and cfg.MODEL.MASK_ON
-                findings = findings_in_file(name, key == "TEST", masks)
+                evaluated = key == "TEST"
+                findings = findings_in_file(name, evaluated, masks_needed(cfg, evaluated))
                 refuse_errors(findings, f"DATASETS.{key}")
 
 
@@ -139,7 +151,7 @@ def check_evaluation(cfg, training: bool = True) -> None:
         _check_inside(dicts, [name], "DATASETS.TEST")
         if training:
             _check_same_classes(cfg.DATASETS.TRAIN[0], name)
-        _check_quickly(dicts, [name], "DATASETS.TEST")
+        _check_quickly(dicts, [name], "DATASETS.TEST", masks_needed(cfg, evaluated=True))
 
 
 def _check_same_classes(train: str, test: str) -> None:

@@ -81,12 +81,12 @@ def no_json(error: Exception) -> str:
     return f"is not valid JSON ({error}): was it copied completely?"
 
 
-def findings_in_file(name: str, evaluated: bool, masks: bool) -> List[Finding]:
+def findings_in_file(name: str, evaluated: bool, masks: str) -> List[Finding]:
     """
     Args:
         name: of a set with an annotation file.
         evaluated: it is evaluated with.
-        masks: every annotation needs a segmentation.
+        masks: what :func:`~d2kd.data.annotations.check_annotations` takes.
     """
     path = MetadataCatalog.get(name).json_file
     try:
@@ -96,15 +96,16 @@ def findings_in_file(name: str, evaluated: bool, masks: bool) -> List[Finding]:
     return check_annotations(data, path, evaluated, masks)
 
 
-def findings_in_dicts(dicts: Sequence[Mapping[str, Any]], name: str) -> List[Finding]:
+def findings_in_dicts(dicts: Sequence[Mapping[str, Any]], name: str, masks: str) -> List[Finding]:
     """What is wrong in the annotations of a set that is registered without a file.
 
     Args:
         dicts: in Detectron2's format.
         name: of the set.
+        masks: what :func:`~d2kd.data.annotations.check_annotations` takes.
     """
     classes = MetadataCatalog.get(name).get("thing_classes", ())
-    return check_annotations(as_annotations(dicts, classes), name)
+    return check_annotations(as_annotations(dicts, classes), name, masks=masks)
 
 
 class DatasetContent(NamedTuple):
@@ -120,12 +121,12 @@ class DatasetContent(NamedTuple):
         return f"{len(self.images)} images, {boxes}, {self.classes} classes"
 
 
-def look_into(name: str, evaluated: bool, masks: bool) -> DatasetContent:
+def look_into(name: str, evaluated: bool, masks: str) -> DatasetContent:
     """
     Args:
         name: of a registered data set.
         evaluated: it is evaluated with.
-        masks: every annotation needs a segmentation.
+        masks: what :func:`~d2kd.data.annotations.check_annotations` takes.
     """
     dicts, findings = [], []
     try:
@@ -140,7 +141,7 @@ def look_into(name: str, evaluated: bool, masks: bool) -> DatasetContent:
         # Why it cannot be loaded is said there with more detail.
         findings = in_file if count(in_file, ERROR) else [*findings, *in_file]
     else:
-        findings += findings_in_dicts(dicts, name) if dicts else []
+        findings += findings_in_dicts(dicts, name, masks) if dicts else []
     boxes = sum(len(d.get("annotations", ())) for d in dicts) if dicts else None
     images = dicts or _images_of_file(name)
     return DatasetContent(images, boxes, len(class_names_of([name])), findings)

@@ -147,9 +147,9 @@ def retinanet_head(num_ratios, num_scales, classes=2):
     return state
 
 
-def check_scale_major(state, meta=None):
+def check_scale_major(state, meta=None, names=("head.cls_score", "head.bbox_pred")):
     tensors = convert(state, meta).tensors
-    for name in ("head.cls_score", "head.bbox_pred"):
+    for name in names:
         ratio, scale, last = tensors[f"{name}.weight"][:, :, 0, 0].unbind(dim=1)
         order = (scale * 100 + ratio * 10 + last).tolist()
         assert order == sorted(order)
@@ -168,6 +168,21 @@ def test_unusual_anchors_need_the_config():
         convert(state)
     anchors = "anchor_generator=dict(ratios=[0.5, 1.0, 2.0], scales_per_octave=2)"
     check_scale_major(state, {"cfg": f"model = dict(bbox_head=dict({anchors}))"})
+
+
+def test_anchors_of_an_rpn_go_from_by_ratio_to_by_scale():
+    names = {"retina_cls": "rpn_cls", "retina_reg": "rpn_reg"}
+    state = {
+        f"rpn_head.{names[name.split('.')[1]]}.{name.split('.')[2]}": x
+        for name, x in retinanet_head(3, 2, classes=1).items()
+        if name.startswith("bbox_head.")
+    }
+    with pytest.raises(Unreadable, match="6 anchors per location.*keep the 'meta'"):
+        convert(state)
+    anchors = "anchor_generator=dict(ratios=[0.5, 1.0, 2.0], scales=[4, 8])"
+    meta = {"cfg": f"model = dict(rpn_head=dict({anchors}))"}
+    head = "proposal_generator.rpn_head"
+    check_scale_major(state, meta, (f"{head}.objectness_logits", f"{head}.anchor_deltas"))
 
 
 def test_scales_are_stacked():

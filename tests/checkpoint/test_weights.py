@@ -155,6 +155,15 @@ def test_another_setting_is_refused_by_its_key(key):
 
 
 @needs_reference
+def test_anchors_in_another_order_are_refused():
+    cfg = config("retinanet", ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[2.0, 1.0, 0.5]]])
+    with pytest.raises(
+        UserError, match=r"ASPECT_RATIOS is \[2.0, 1.0, 0.5\], in the file \[0.5, 1"
+    ):
+        load_teacher_weights(build_detector(cfg), reference("retinanet.pth"), cfg.INPUT.FORMAT)
+
+
+@needs_reference
 def test_the_mean_of_caffes_fcos_is_not_detectron2s():
     cfg = config("fcos", ["MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675]])
     with pytest.raises(UserError, match=r"MODEL.PIXEL_MEAN is \[103.53.*in the file \[102.9801"):

@@ -11,6 +11,7 @@ from faults import DUBIOUS, IN_IMAGES, IN_JSON, NUMBER, SIZE, write_set
 from PIL import Image
 
 from d2kd.config import default_config
+from d2kd.data.annotations import check_annotations
 from d2kd.data.check import check_annotation_files, check_evaluation, load_training_dicts
 from d2kd.data.findings import ERROR, WARNING, summary
 from d2kd.data.images import check_images
@@ -54,7 +55,7 @@ def start(cfg):
 
 
 def found(name, evaluated):
-    content = look_into(name, evaluated, masks=False)
+    content = look_into(name, evaluated, masks="")
     return [*content.findings, *check_images(content.images)]
 
 
@@ -106,15 +107,34 @@ def test_a_good_set_has_no_findings(sets, caplog):
         start(cfg)
     assert not caplog.records
     assert found("faults_TRAIN", False) == found("faults_TEST", True) == []
-    content = look_into("faults_TEST", True, masks=False)
+    content = look_into("faults_TEST", True, masks="")
     assert str(content) == f"{NUMBER} images, {2 * NUMBER} boxes, 2 classes"
 
 
-def test_masks_are_asked_for_where_they_are_trained(sets):
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_are_asked_for_where_they_are_trained_or_evaluated(sets, training):
     cfg = sets(None)
     cfg.MODEL.MASK_ON = True
     with pytest.raises(UserError, match="annotation 10 of image 1: has no 'segmentation'"):
-        check_annotation_files(cfg)
+        check_annotation_files(cfg, training)
+
+
+def test_masks_in_run_lengths_are_learned_as_bitmasks_alone():
+    mask = {"size": [4, 4], "counts": [0, 16]}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "segmentation": mask}
+    images = [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 4}]
+    for annotation, masks, kinds in (
+        (box, "polygon", ["mask in run lengths"]),
+        (box, "bitmask", []),
+        (box, "", []),
+        ({**box, "iscrowd": 1}, "polygon", []),
+    ):
+        data = {
+            "images": images,
+            "annotations": [annotation],
+            "categories": [{"id": 1, "name": "a"}],
+        }
+        assert [x.kind for x in check_annotations(data, "a.json", masks=masks)] == kinds
 
 
 def test_bad_images_that_may_be_skipped_do_not_stop_training(sets):
@@ -165,7 +185,7 @@ def test_a_set_without_a_file_is_looked_into_as_well():
     DatasetCatalog.register("faults_dicts", lambda: [d])
     MetadataCatalog.get("faults_dicts").set(thing_classes=["cat"])
     try:
-        findings = look_into("faults_dicts", False, masks=False).findings
+        findings = look_into("faults_dicts", False, masks="").findings
     finally:
         DatasetCatalog.remove("faults_dicts")
         MetadataCatalog.remove("faults_dicts")
