@@ -122,6 +122,8 @@ def analyze(
     if cfg.DISTILL.METHODS:
         contenders.insert(0, _teacher(cfg, student))
     if evaluate:
+        if not cfg.DATASETS.TEST:
+            raise UserError("--evaluate: DATASETS.TEST of the run is empty: it is not evaluated")
         refuse_no_evaluation(cfg)
         contenders = [x._replace(ap=evaluated_ap(x) if x.ap is None else x.ap) for x in contenders]
 
@@ -193,8 +195,10 @@ def last_ap(run: TrainedRun) -> Optional[float]:
     another checkpoint."""
     if os.path.basename(run.weights) != FINAL_WEIGHTS:
         return None
-    aps = [line[_AP] for line in read_metrics(run.folder) if _AP in line]
-    return aps[-1] if aps and math.isfinite(aps[-1]) else None
+    lines = read_metrics(run.folder, run.config().DATASETS.TEST)
+    # The evaluation at the end is logged behind the last step; a run may have been killed in it
+    ap = lines[-1].get(_AP, math.nan) if lines else math.nan
+    return ap if math.isfinite(ap) else None
 
 
 def evaluated_ap(contender: _Contender) -> Optional[float]:

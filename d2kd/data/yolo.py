@@ -130,7 +130,7 @@ def _boxes(label: str, size: Tuple[int, int], num_classes: int) -> List[Dict[str
         raise UserError("YOLO's layout is read by globox: pip install 'd2kd[yolo]'") from error
     try:
         found = Annotation.from_yolo_v5(label, image_size=size).boxes
-    except (ParsingError, ValueError, UnicodeDecodeError) as error:
+    except (ParsingError, ValueError, AssertionError) as error:
         raise UserError(
             f"{label} cannot be read ({error}): expected 'class x y width height' per line, the "
             "class by its number, the box relative to the image"

@@ -146,6 +146,9 @@ def _write_annotations(dataset_name: str, output_dir: str) -> None:
     """Writes those of a set that is registered without a file, as Detectron2's evaluator does, but
     in every process that evaluates: the file of an earlier one may be out of date."""
     metadata = MetadataCatalog.get(dataset_name)
+    written = getattr(metadata, "json_file", None)
+    if written and not os.path.isfile(written):  # into a folder that is gone
+        del metadata.json_file
     if not hasattr(metadata, "json_file"):
         metadata.json_file = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
         convert_to_coco_json(dataset_name, metadata.json_file, allow_cached=False)

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
@@ -87,15 +87,28 @@ def forget_lines(path: str, iteration: int) -> None:
     os.truncate(path, kept)
 
 
-def read_metrics(folder: str) -> List[Dict[str, float]]:
+def read_metrics(folder: str, test_sets: Sequence[str] = ()) -> List[Dict[str, float]]:
     """The lines of a run's metrics, each with the scalars of one ``iteration``; none of a run that
     wrote none. What is no number is passed over, and what a process that was killed left of a
-    line."""
+    line.
+
+    Args:
+        folder: of the run.
+        test_sets: its ``DATASETS.TEST``. Of several sets, metrics are called ``<set>/bbox/AP``:
+            those of the first are here as ``bbox/AP``, too.
+    """
     path = os.path.join(folder, METRICS_FILE)
     if not os.path.isfile(path):
         return []
     with open(path, "rb") as f:
-        return list(filter(None, map(_scalars, f)))
+        lines = list(filter(None, map(_scalars, f)))
+    if len(test_sets) < 2:
+        return lines
+    first = f"{test_sets[0]}/"
+    return [
+        {**line, **{k[len(first) :]: v for k, v in line.items() if k.startswith(first)}}
+        for line in lines
+    ]
 
 
 def has_lines_from(path: str, iteration: int) -> bool:

@@ -28,8 +28,10 @@ _FREE = (
     "VIS_PERIOD",
     "SOLVER.CHECKPOINT_PERIOD",
     "DATASETS.TEST",
+    "DATASETS.DESCRIBED",  # where files are; the names of the sets tell what they hold
     "TEST",
     # In a Python config
+    "dataloader.described",
     "dataloader.evaluator",
     "dataloader.test",
     "run",

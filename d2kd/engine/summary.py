@@ -78,7 +78,7 @@ def closing(cfg: CfgNode) -> str:
     """What a finished run has left, how good it is, and what to do with it."""
     folder = cfg.OUTPUT_DIR
     metric = cfg.RUN.BEST_METRIC or _METRIC
-    lines = read_metrics(folder)
+    lines = read_metrics(folder, cfg.DATASETS.TEST)
     history = history_of(metric, lines, cfg.SOLVER.MAX_ITER)
     best = best_of(history)
     own = STUDENT_PROGRAM if is_lazy(cfg) else STUDENT_YAML

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
 from d2kd.engine.versions import recorded_versions
+from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
 from d2kd.pairing.pair import student_family
 
@@ -58,7 +59,7 @@ def cell_of(label: str, row: Row, seed: int, run: Run, opts: Sequence[str] = ())
         seed=seed,
         results=run.results,
         seconds=run.seconds,
-        parameters=parameters(row.config, opts),
+        parameters=parameters(row.config, python_overrides(row.config, opts)),
         made_with=_made_with(recorded_versions(run.folder)),
     )
 

@@ -136,8 +136,10 @@ def check_rows(rows: Sequence[Row], opts: Sequence[str] = ()) -> None:
         folder = folder_of(row)
         if seen.setdefault(folder, row)[1:] != row[1:]:
             raise UserError(f"two rows would go to one folder, {folder}: give them other labels")
-        read_config(row.config, row.opts, f"row '{row.label}'")
-        read_config(row.config, python_overrides(row.config, [*row.opts, *opts]))
+        read_config(row.config, python_overrides(row.config, row.opts), f"row '{row.label}'")
+        cfg = read_config(row.config, python_overrides(row.config, [*row.opts, *opts]))
+        if not cfg.DATASETS.TEST:
+            raise UserError(f"row '{row.label}': DATASETS.TEST is empty, there is no AP to compare")
 
 
 def labels_of(rows: Sequence[Row]) -> List[str]:

@@ -22,7 +22,7 @@ from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import config_file
 from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
-from d2kd.model_zoo import config_name
+from d2kd.model_zoo import FINAL_WEIGHTS, config_name
 
 from .rows import Row, folder_of
 
@@ -84,7 +84,8 @@ def train_rows(
             training fails. Runs that have begun by then are brought to their end.
     """
     trainings = [_Training(row, seed, output, opts) for row, seed in tasks]
-    waiting = deque(x for x in trainings if not x.is_finished())
+    # Two tables may have the same plain student: it is trained once
+    waiting = deque({x.folder: x for x in trainings if not x.is_finished()}.values())
     if waiting:
         _train_all(waiting, len(trainings), jobs)
     return [x.run() for x in trainings]
@@ -161,6 +162,7 @@ class _Training:
         self.folder = _folder(row, seed, output)
         self._opts = opts_of(row, seed, output, opts)
         cfg = read_config(row.config, self._opts)
+        self._test_sets = cfg.DATASETS.TEST
         self._config, self._max_iter = row.config, cfg.SOLVER.MAX_ITER
         file, text = config_file(cfg)
         saved = os.path.join(self.folder, file)
@@ -174,7 +176,20 @@ class _Training:
         self._before = self._done = min(steps_done(self.folder), self._max_iter)
 
     def is_finished(self) -> bool:
-        return os.path.isfile(os.path.join(self.folder, SUMMARY))
+        """Also of a run that was trained by a command of :func:`command`, on several GPUs say."""
+        if self._has(SUMMARY):
+            return True
+        # The evaluation at the end is logged behind the last step
+        ended = self._has(FINAL_WEIGHTS) and f"bbox/{METRICS[0]}" in (self._lines() or [{}])[-1]
+        if ended:
+            self._summarize(None)
+        return ended
+
+    def _has(self, name: str) -> bool:
+        return os.path.isfile(os.path.join(self.folder, name))
+
+    def _lines(self) -> List[Dict[str, float]]:
+        return read_metrics(self.folder, self._test_sets)
 
     def steps_left(self) -> int:
         return self._max_iter - self._done
@@ -211,14 +226,20 @@ class _Training:
             if self.process.returncode:
                 raise UserError(f"training {self.name} failed: {self._last_line()}")
         seconds = time.perf_counter() - self._started
-        found = {m: [*scalars(self.folder, f"bbox/{m}").values()] for m in METRICS}
-        if not all(found.values()):
+        results = self._summarize(None if self._before else seconds)
+        return f"{self.name}: {results['AP']:.1f} AP in {seconds / 60:.1f} min"
+
+    def _summarize(self, seconds: Optional[float]) -> Dict[str, float]:
+        """Writes the results of the last evaluation, and returns them."""
+        evaluated = [line for line in self._lines() if all(f"bbox/{m}" in line for m in METRICS)]
+        if not evaluated:
             raise UserError(f"{self.name} was not evaluated, {self.folder} has no bbox/AP")
         # Detectron2 has no number for a detector that finds nothing
-        results = {m: 0.0 if math.isnan(values[-1]) else values[-1] for m, values in found.items()}
+        values = {m: evaluated[-1][f"bbox/{m}"] for m in METRICS}
+        results = {m: 0.0 if math.isnan(value) else value for m, value in values.items()}
         with written_whole(os.path.join(self.folder, SUMMARY)) as f:
-            json.dump({"seconds": None if self._before else seconds, "results": results}, f)
-        return f"{self.name}: {results['AP']:.1f} AP in {seconds / 60:.1f} min"
+            json.dump({"seconds": seconds, "results": results}, f)
+        return results
 
     def _last_line(self) -> str:
         """Shows the end of what the process said, and returns its last line."""

@@ -90,7 +90,12 @@ def _plain(value: Any) -> Any:
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
-    return list(value) if isinstance(value, tuple) else value
+    return _lists(value)
+
+
+def _lists(value: Any) -> Any:
+    """Lists for tuples, as YAML has them."""
+    return [_lists(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def merge(content: Dict[str, Any], changes: Mapping[str, Any]) -> None:

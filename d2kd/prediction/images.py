@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, detection_utils
 from PIL import Image
 
+from d2kd.data.images import too_deep
 from d2kd.errors import UserError, reason
 
 # The one photograph that every installation has
@@ -75,8 +76,11 @@ def read_image(path: str, input_format: str) -> np.ndarray:
         (H, W, C), uint8.
 
     Raises:
-        UserError: if the file is no image.
+        UserError: if the file is no image, or has more than 8 bits per channel.
     """
+    deep = too_deep(path)
+    if deep:
+        raise UserError(f"{path} {deep.message}")
     try:
         return detection_utils.read_image(path, format=input_format)
     except Exception as error:  # whatever a decoder makes of a broken file

@@ -37,7 +37,7 @@ class RunFacts:
         self.run, self.name, self.is_baseline = run, name, is_baseline
         self.cfg: CfgNode = run.config()
         register_described(self.cfg)
-        self.lines = read_metrics(run.folder)
+        self.lines = read_metrics(run.folder, self.cfg.DATASETS.TEST)
 
     @property
     def methods(self) -> List[str]:

@@ -10,6 +10,7 @@ from toys import SMALLER, detector
 from d2kd.analysis import analyze, gap_closed
 from d2kd.cli.main import main
 from d2kd.engine.runs import open_run
+from d2kd.errors import UserError
 
 
 def write_metrics(run, *lines):
@@ -67,6 +68,20 @@ def test_ap_of_another_checkpoint_is_not_taken(runs, tmp_path):
     (folder / "model_final.pth").rename(folder / "model_0000004.pth")
     (row,) = analyze(open_run(plain.folder), repeats=1, device="cpu").rows
     assert row.ap is None
+
+
+def test_ap_of_an_earlier_evaluation_is_not_taken(runs):
+    """The run was killed in its last evaluation."""
+    _, plain = runs
+    write_metrics(plain, '{"bbox/AP": 29.0, "iteration": 5}', '{"total_loss": 1.0, "iteration": 9}')
+    (row,) = analyze(plain, repeats=1, device="cpu").rows
+    assert row.ap is None
+
+
+def test_a_run_without_a_validation_set_is_not_evaluated(tmp_path):
+    plain = made_up_run(tmp_path / "run", "FCOS", ["DATASETS.TEST", ()])
+    with pytest.raises(UserError, match="--evaluate: DATASETS.TEST of the run is empty"):
+        analyze(plain, evaluate=True, repeats=1, device="cpu")
 
 
 def test_gap_closed():

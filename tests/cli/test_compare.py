@@ -122,6 +122,7 @@ def test_bad_tables_are_refused_in_one_line(compare, capsys, text, message):
         (["--seeds", "1", "1"], "--seeds has one twice: 1 1"),
         (["SOLVER.MAX_ITERS", "3"], "no config key SOLVER.MAX_ITERS"),
         (["--seeds", "1", "SOLVER.MAX_ITER"], "give pairs of KEY VALUE"),
+        (["DATASETS.TEST", "()"], "row 'plain student': DATASETS.TEST is empty"),
     ],
 )
 def test_bad_words_are_refused_in_one_line(compare, capsys, words, message):
@@ -161,6 +162,40 @@ def test_finished_runs_are_not_repeated(compare, tmp_path, capsys):
     with pytest.raises(SystemExit):  # other settings, the same folder
         compare(text, "--output", "out", "SOLVER.MAX_ITER", "3")
     assert "holds a run with another config" in capsys.readouterr().err
+
+
+def line(iteration, ap=None, prefix=""):
+    """A line of a run's metrics."""
+    metrics = {f"{prefix}bbox/{m}": ap for m in ("AP", "AP50", "AP75")} if ap else {}
+    return json.dumps({"iteration": iteration, **metrics}) + "\n"
+
+
+@pytest.mark.parametrize("sets", [["shapes_tiny_val"], ["shapes_tiny_val", "shapes_tiny_train"]])
+def test_a_run_that_was_trained_elsewhere_is_gathered(tmp_path, monkeypatch, sets):
+    """By the command that --commands prints, on several GPUs say."""
+    monkeypatch.chdir(tmp_path)
+    row, opts = read_rows(RECIPE)[0], ["DATASETS.TEST", str(sets)]
+    folder = tmp_path / "out/shapes/frs/fcos_tiny_seed1"
+    folder.mkdir(parents=True)
+    given = ["SEED", 1, "OUTPUT_DIR", str(folder.relative_to(tmp_path))]
+    (folder / "config.yaml").write_text(read_config(RECIPE, [*opts, *given]).dump())
+    (folder / "model_final.pth").touch()
+    prefix = f"{sets[0]}/" if len(sets) > 1 else ""
+    ended = line(99, 20.0, prefix) + line(749)  # killed in the last evaluation
+    (folder / "metrics.json").write_text(ended)
+    assert not runs._Training(row, 1, "out", opts).is_finished()
+    (folder / "metrics.json").write_text(ended + line(750, 30.0, prefix))
+    (run,) = train_rows([(row, 1)], "out", opts)
+    assert run.results["AP"] == 30.0 and run.seconds is None
+
+
+def test_rows_of_python_configs(compare, tmp_path, capsys):
+    table = "BASE: shapes/frs/fcos_tiny_lazy.py\nROWS: {short: {SOLVER.MAX_ITER: 3}}"
+    compare(table, "--commands", "SOLVER.CHECKPOINT_PERIOD", "2")
+    assert "train.max_iter=3 train.checkpointer.period=2" in capsys.readouterr().out
+    (row,) = read_table(str(tmp_path / "mine.yaml"))
+    made = cell_of("short", row, 1, Run(str(tmp_path), {}, 1.0), ["SOLVER.CHECKPOINT_PERIOD", "2"])
+    assert 0.4 < made.parameters < 0.5
 
 
 @pytest.mark.parametrize(

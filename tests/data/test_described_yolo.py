@@ -111,6 +111,7 @@ def test_what_is_wrong_with_the_yaml_is_told(data, tmp_path, changes, words):
         ("cat 0.5 0.5 0.5 0.5", "has the class 'cat'"),
         ("1 0.5 0.5", "a.txt cannot be read"),
         ("1 a b c d", "a.txt cannot be read"),
+        ("1 0.5 0.5 -0.2 0.5", "a.txt cannot be read"),
     ],
 )
 def test_what_is_wrong_with_boxes_is_told(data, tmp_path, text, words):

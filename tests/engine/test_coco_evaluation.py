@@ -1,8 +1,10 @@
 """faster-coco-eval gives the digits of pycocotools, in the form that Detectron2 gives them."""
 
+import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -212,22 +214,37 @@ def test_an_annotation_of_an_image_that_is_not_listed_counts_for_nothing(made):
     assert ours == pytest.approx(evaluate(COCOEvaluator(name), detections)["bbox"], **EXACT)
 
 
+@contextlib.contextmanager
+def one_image(name, box):
+    """Registers a set of one image and one object, without a file; yields what finds it."""
+    entry = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    image = {"file_name": "1.png", "image_id": 1, "height": 50, "width": 50}
+    DatasetCatalog.register(name, lambda: [{**image, "annotations": [entry]}])
+    MetadataCatalog.get(name).thing_classes = ["thing"]
+    found = Instances((50, 50))
+    found.pred_boxes = Boxes(torch.tensor([box], dtype=torch.float32))
+    found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    yield [({"image_id": 1}, {"instances": found})]
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
 def test_annotations_of_a_set_without_a_file_are_those_of_today(tmp_path):
     """Those that an earlier process wrote for the evaluator are not read."""
+    name = "annotations_of_today"
     for box in ([0, 0, 10, 10], [20, 20, 30, 30]):
-        name = "annotations_of_today"
-        entry = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-        image = {"file_name": "1.png", "image_id": 1, "height": 50, "width": 50}
-        dicts = [{**image, "annotations": [entry]}]
-        DatasetCatalog.register(name, lambda dicts=dicts: dicts)
-        MetadataCatalog.get(name).thing_classes = ["thing"]
-        found = Instances((50, 50))
-        found.pred_boxes = Boxes(torch.tensor([box], dtype=torch.float32))
-        found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
-        evaluator = coco_evaluator(get_cfg(), name, str(tmp_path))
-        assert evaluate(evaluator, [({"image_id": 1}, {"instances": found})])["bbox"]["AP"] == 100
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        with one_image(name, box) as detections:
+            evaluator = coco_evaluator(get_cfg(), name, str(tmp_path))
+            assert evaluate(evaluator, detections)["bbox"]["AP"] == 100
+
+
+def test_annotations_that_are_gone_are_written_again(tmp_path):
+    name = "annotations_that_are_gone"
+    with one_image(name, [0, 0, 10, 10]) as detections:
+        for folder in (tmp_path / "a", tmp_path / "b"):
+            evaluator = coco_evaluator(get_cfg(), name, str(folder))
+            assert evaluate(evaluator, detections)["bbox"]["AP"] == 100
+            shutil.rmtree(folder)
 
 
 def test_sigmas_of_keypoints_are_those_of_the_config(made):

@@ -248,6 +248,13 @@ def test_a_key_that_is_new_counts_with_its_default(cfg):
     assert differences(saved, cfg) == ["SOLVER.GONE was 3, is missing"]
 
 
+def test_described_files_may_move(cfg):
+    """What a training set holds is told by its name."""
+    saved = yaml.safe_load(cfg.dump())
+    saved["DATASETS"]["DESCRIBED"] = [{"name": "a", "json": "b", "images": "elsewhere"}]
+    assert differences(saved, cfg) == []
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")

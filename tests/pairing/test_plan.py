@@ -94,7 +94,9 @@ def test_a_recipe_of_another_run_is_kept(tmp_path):
 
 def test_values_are_read_as_on_a_command_line():
     words = ["A.B", "(1, 2)", "A.C", "cpu", "D", "0.5", "E", "''", "F", 3, "G", "[p3, p4]"]
+    words += ["H", "((8,), (16, 32))"]
     expected = {"A": {"B": [1, 2], "C": "cpu"}, "D": 0.5, "E": "", "F": 3, "G": ["p3", "p4"]}
+    expected["H"] = [[8], [16, 32]]
     assert nested(words) == expected and yaml.safe_load(yaml.safe_dump(expected)) == expected
 
 

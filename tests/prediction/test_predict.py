@@ -75,6 +75,14 @@ def test_a_strip_is_skipped_and_dollars_are_no_formula(run, photographs, tmp_pat
     assert _draw(image, found, ["a$b_{$c"]).any()
 
 
+def test_an_image_of_16_bits_is_skipped(run, photographs, tmp_path, capsys, caplog):
+    cv2.imwrite(str(photographs / "deep.png"), np.full((40, 40), 700, np.uint16))
+    output = str(tmp_path / "found")
+    main(["predict", run.folder, str(photographs), "--output", output, "--device", "cpu"])
+    assert "in 1 images, 2 files skipped" in capsys.readouterr().out
+    assert "write it with 8 bits" in caplog.text
+
+
 def test_nothing_is_written_of_files_that_are_no_images(run, photographs, tmp_path, capsys):
     words = ["predict", run.folder, str(photographs / "two.jpg"), "--device", "cpu"]
     with pytest.raises(SystemExit):
