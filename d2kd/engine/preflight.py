@@ -5,6 +5,7 @@ import tempfile
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from d2kd.checkpoint import cannot_write
 from d2kd.data.check import check_annotation_files, check_dataset_names, check_evaluation
@@ -53,6 +54,7 @@ def refuse_unusable(cfg: CfgNode) -> None:
     refuse_settings(cfg)
     if cfg.DATASETS.TRAIN:  # an empty one has its own message
         check_dataset_names(cfg)
+        _refuse_nameless_keypoints(cfg)
         check_annotation_files(cfg)
         refuse_no_evaluation(cfg)
 
@@ -117,6 +119,16 @@ def _refuse_sigmas(cfg: CfgNode) -> None:
             f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} numbers (without any, COCO's), but "
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}: give one for each"
         )
+
+
+def _refuse_nameless_keypoints(cfg: CfgNode) -> None:
+    """Flipping an image exchanges left and right keypoints, by what the set says of them."""
+    for name in cfg.DATASETS.TRAIN if cfg.MODEL.KEYPOINT_ON else ():
+        if not MetadataCatalog.get(name).get("keypoint_names"):
+            raise UserError(
+                f"MODEL.KEYPOINT_ON is True, but '{name}' of DATASETS.TRAIN names no keypoints: "
+                "register it in Python, with keypoint_names and keypoint_flip_map in its metadata"
+            )
 
 
 def refuse_unwritable(folder: str) -> None:

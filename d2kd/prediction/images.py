@@ -7,10 +7,11 @@ from typing import List, Sequence
 import matplotlib
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from PIL import Image
 
 from d2kd.data.images import too_deep
+from d2kd.data.sets import LOADING_ERRORS
 from d2kd.errors import UserError, reason
 
 # The one photograph that every installation has
@@ -51,19 +52,26 @@ def _images_in(folder: str) -> List[str]:
 
 
 def images_at_hand(cfg: CfgNode, most: int) -> List[str]:
-    """Images to try a detector on: of the first validation set if its folder is there, else a
-    photograph that comes with matplotlib.
+    """Images to try a detector on: of the first validation set if it is there, else a photograph
+    that comes with matplotlib.
 
     Args:
         cfg: names the data sets.
-        most: how many at most, spread over the folder.
+        most: how many at most, spread over the set.
     """
     for name in cfg.DATASETS.TEST[:1]:
         folder = MetadataCatalog.get(name).get("image_root", "")
-        found = _images_in(folder) if os.path.isdir(folder) else []
+        found = _images_in(folder) if os.path.isdir(folder) else _images_of(name)
         if found:
             return found[:: -(-len(found) // most)]
     return [SAMPLE_PHOTOGRAPH]
+
+
+def _images_of(dataset_name: str) -> List[str]:
+    try:
+        return [d["file_name"] for d in DatasetCatalog.get(dataset_name)]
+    except (UserError, *LOADING_ERRORS):
+        return []
 
 
 def read_image(path: str, input_format: str) -> np.ndarray:

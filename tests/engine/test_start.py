@@ -91,6 +91,10 @@ def test_evaluations_that_cannot_start(command, registered):
     assert "no data set 'start_imagination'" in command("DATASETS.TEST", "('start_imagination',)")
 
 
+def test_keypoints_without_names(command):
+    assert "'toy_train' of DATASETS.TRAIN names no keypoints" in command("MODEL.KEYPOINT_ON", True)
+
+
 def test_an_unknown_evaluator(command, toy_dataset):
     metadata = MetadataCatalog.get(toy_dataset[1])
     kind = metadata.evaluator_type
