@@ -1,4 +1,4 @@
-"""The one exception that d2kd raises for what a user can fix."""
+"""The one exception that d2kd raises for what a user can fix, and what goes into its message."""
 
 import contextlib
 import difflib

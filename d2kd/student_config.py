@@ -37,7 +37,8 @@ def student_config(cfg: CfgNode) -> CfgNode:
     """The student's own config: what differs from the defaults, without d2kd's keys.
 
     It builds the student in stock Detectron2. Only an architecture or backbone that Detectron2
-    lacks keeps its node, and needs :func:`add_distill_config` to be read.
+    lacks keeps its node, and needs :func:`~d2kd.config.add_distill_config` to be
+    read.
 
     Args:
         cfg: the config of a run.

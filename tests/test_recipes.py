@@ -110,7 +110,8 @@ def test_pair_fits(case):
         teacher = build_family(build_teacher_detector(cfg)[0])
         assert cfg.DISTILL.METHODS
         for name in cfg.DISTILL.METHODS:
-            method, node = DISTILLER_REGISTRY.get(name), cfg.DISTILL[name.upper()]
+            method = DISTILLER_REGISTRY.get(name)
+            node = method.node_of(cfg)
             method.check_config(node)
             reads = method.reads(node, student, teacher)
             for term in reads.values():

@@ -31,14 +31,11 @@ import yaml
 from detectron2.config import CfgNode
 
 import d2kd
-from d2kd.check.noise import (
-    LossNotFinite,
-    build_for_training,
-    save_random_teacher,
-    try_on_noise,
-)
+from d2kd.check.noise import LossNotFinite, build_for_training, try_on_noise
 from d2kd.config import read_config
+from d2kd.distillation import save_random_teacher
 from d2kd.errors import UserError
+from d2kd.schema import get_value, leaves
 
 PACKAGE = os.path.dirname(os.path.abspath(d2kd.__file__)) + os.sep
 RECIPES = os.path.join(os.path.dirname(PACKAGE[:-1]), "configs", "shapes", "*", "*_tiny.yaml")
@@ -52,18 +49,6 @@ MOST_SECONDS = 180  # for one mutation
 LIBRARY = "traceback of a library"
 
 
-def leaves(node: CfgNode, prefix: str = "") -> List[str]:
-    """Full names of all keys."""
-    found = []
-    for name, value in node.items():
-        full = f"{prefix}{name}"
-        if isinstance(value, CfgNode):
-            found += leaves(value, f"{full}.")
-        elif not full.startswith(KEPT):
-            found.append(full)
-    return found
-
-
 def relevant(cfg: CfgNode) -> List[str]:
     """The keys that this recipe reads, those of its methods first and as many as all others."""
     methods = tuple(f"DISTILL.{name.upper()}." for name in cfg.DISTILL.METHODS)
@@ -71,7 +56,7 @@ def relevant(cfg: CfgNode) -> List[str]:
     name = architecture.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE.upper())
     parts = ("META_ARCHITECTURE", "BACKBONE", "BASIC_RESNET", "RESNETS", "FPN", "PIXEL", name)
     detector = tuple(f"MODEL.{part}" for part in (*parts, "RPN", "ANCHOR_GENERATOR"))
-    names = leaves(cfg)
+    names = [name for name, _ in leaves(cfg) if not name.startswith(KEPT)]
     ours = [n for n in names if n.startswith(methods)] + ["DISTILL.METHODS"]
     theirs = [n for n in names if n.startswith((*detector, "SOLVER."))]
     return ours * max(1, len(theirs) // len(ours)) + theirs
@@ -93,13 +78,6 @@ def mutated(value: Any, choose: random.Random) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and choose.random() < 0.5:
         return type(value)(choose.choice((-value, 3 * value + 1, 0, 1000 * value)))
     return choose.choice(VALUES)
-
-
-def value_of(cfg: CfgNode, name: str) -> Any:
-    """What stands under a full name."""
-    for part in name.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def write_yaml(recipe: str, changes: Dict[str, Any], path: str) -> None:
@@ -153,7 +131,7 @@ def mutation_of(seed: int, number: int, recipes: List[str]) -> Mutation:
     recipe = choose.choice(recipes)
     cfg = read_config(recipe)
     names = [choose.choice(relevant(cfg)) for _ in range(choose.choice((1, 1, 2, 3)))]
-    return Mutation(recipe, {name: mutated(value_of(cfg, name), choose) for name in names})
+    return Mutation(recipe, {name: mutated(get_value(cfg, name), choose) for name in names})
 
 
 def work(seed: int, numbers: List[int], recipes: List[str], results: Connection) -> None:

@@ -88,7 +88,8 @@ def main(argv: Optional[Sequence[str]] = None, script: Optional[str] = None) -> 
 
 
 def train(argv: Optional[Sequence[str]] = None) -> None:
-    """Entry point of ``d2kd-train`` and ``train_net.py``: ``d2kd train``."""
+    """Entry point of ``d2kd-train`` and ``train_net.py``: ``d2kd train``. A script of one's own
+    calls :func:`main`."""
     main(["train", *(sys.argv[1:] if argv is None else argv)])
 
 

@@ -71,18 +71,20 @@ def refuse_not_evaluated(cfg: CfgNode) -> None:
 
 
 def refuse_no_evaluation(cfg: CfgNode, training: bool = True) -> None:
-    """
+    """Refuses sets of DATASETS.TEST that cannot be evaluated on. A Python config brings its own
+    evaluator, which may be for sets of another kind.
+
     Args:
-        cfg: of a run. A Python config brings its own evaluator.
+        cfg: of a run.
         training: see :func:`~d2kd.data.check.check_evaluation`.
 
     Raises:
-        UserError: for sets of DATASETS.TEST that cannot be evaluated on.
+        UserError: see there; and for a kind of set that d2kd has no evaluator for.
     """
-    check_evaluation(cfg, training)
-    if not is_lazy(cfg):
-        for name in cfg.DATASETS.TEST:
-            refuse_without_evaluator(name)
+    if is_lazy(cfg):
+        check_evaluation(cfg, training)
+    else:
+        check_evaluation(cfg, training, refuse_without_evaluator)
 
 
 def refuse_settings(cfg: CfgNode) -> None:

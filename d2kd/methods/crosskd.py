@@ -32,7 +32,7 @@ from d2kd.views import (
 
 __all__ = ["CrossKD", "align_statistics", "localization_kd", "quality_focal_kd"]
 
-# Of two distributions of a box side's distance
+# Of two distributions of a box side's distance, over R bins: (M, R) twice -> (M,)
 localization_kd = kl_divergence
 
 # An almost dead channel of the student is stretched by no more than this, and so is its gradient;

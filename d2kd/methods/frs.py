@@ -161,7 +161,7 @@ class FRS(Distiller):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
         return {
-            "levels": paired_levels(student, teacher, "DISTILL.FRS"),
+            "levels": paired_levels(student, teacher, cls.node_name()),
             "terms": cls.enabled_terms(cfg),
             "centerness": cfg.CENTERNESS,
         }
@@ -175,9 +175,9 @@ class FRS(Distiller):
                 "centerness: set it to False or take an FCOS or ATSS teacher"
             )
         if "cls" in terms:
-            check_same(student, teacher, (HEAD_CLASSES, ANCHORS), "DISTILL.FRS.CLS.WEIGHT")
-            levels = paired_levels(student, teacher, "DISTILL.FRS")
-            check_same_anchors(student, teacher, levels, "DISTILL.FRS.CLS.WEIGHT")
+            check_same(student, teacher, (HEAD_CLASSES, ANCHORS), cls.term_key("cls"))
+            levels = paired_levels(student, teacher, cls.node_name())
+            check_same_anchors(student, teacher, levels, cls.term_key("cls"))
 
     def forward(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]

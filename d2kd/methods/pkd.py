@@ -81,7 +81,7 @@ class PKD(Distiller):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
         return {
-            "levels": paired_levels(student, teacher, "DISTILL.PKD"),
+            "levels": paired_levels(student, teacher, cls.node_name()),
             "terms": cls.enabled_terms(cfg),
         }
 

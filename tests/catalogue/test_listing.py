@@ -82,9 +82,8 @@ def test_detectors_that_a_method_works_between():
 
 def test_what_is_said_of_a_recipe():
     text = explain("configs/crosskd/gfl_R_50_R_101-ms-2x-mmdet_1x.yaml")
-    assert (
-        "based on baselines/gfl_R_50_FPN_1x, base/torchvision-R-50, base/" in text
-    )  # what wins comes first
+    # What wins comes first
+    assert "based on baselines/gfl_R_50_FPN_1x, base/torchvision-R-50, base/" in text
     assert "reported 43.7 AP, source: authors" in text
     assert text.endswith("d2kd train --config-file crosskd/gfl_R_50_R_101-ms-2x-mmdet_1x.yaml")
     assert "reported 43.7 AP" in explain("crosskd/gfl_R_50_R_101-ms-2x_1x")  # teacher trained first

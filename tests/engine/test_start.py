@@ -95,16 +95,14 @@ def test_keypoints_without_names(command):
     assert "'toy_train' of DATASETS.TRAIN names no keypoints" in command("MODEL.KEYPOINT_ON", True)
 
 
-def test_an_unknown_evaluator(command, toy_dataset):
-    metadata = MetadataCatalog.get(toy_dataset[1])
-    kind = metadata.evaluator_type
-    try:
-        del metadata.evaluator_type
-        metadata.evaluator_type = "panoptic_seg"
-        assert "whose evaluator_type is 'panoptic_seg'" in command()
-    finally:
-        del metadata.evaluator_type
-        metadata.evaluator_type = kind
+def test_an_unknown_evaluator(command):
+    """Of a set of semantic labels, in which there is nothing of what detectors need."""
+    name = "start_labels"
+    DatasetCatalog.register(name, lambda: [{"file_name": "a.png", "sem_seg_file_name": "b.png"}])
+    MetadataCatalog.get(name).set(evaluator_type="sem_seg", stuff_classes=["sky"])
+    assert "whose evaluator_type is 'sem_seg'" in command("DATASETS.TEST", f"('{name}',)")
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize(

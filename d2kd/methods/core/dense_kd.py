@@ -189,7 +189,7 @@ class DenseKD(Distiller):
         for family in (student, teacher):
             if node.CENTERNESS.WEIGHT and not family.dense_head.has_centerness:
                 raise UserError(
-                    f"{key}.CENTERNESS.WEIGHT is {node.CENTERNESS.WEIGHT}, but {family.name} "
+                    f"{cls.term_key('centerness')} is {node.CENTERNESS.WEIGHT}, but {family.name} "
                     "predicts no centerness: set it to 0"
                 )
         _box_loss(student, node.BBOX_LOSS, f"{key}.BBOX_LOSS")

@@ -145,7 +145,7 @@ class Compared(NamedTuple):
     target: Tensor  # (N, C, h, w), of the teacher
     stride: int
     valid: Tensor  # (N, h, w) bool, cells outside of the padding
-    scale: Tensor  # (1,) or (C,), what squared errors are divided by
+    scale: Tensor  # (1,) or (C,), squared scale of the target in this batch
     position: Tensor  # (N, h, w), the micro weights are its product with the next
     channel: Tensor  # (N, C)
 
