@@ -57,8 +57,9 @@ DETECTORS = {
     "RetinaNet, of a Faster R-CNN": ("heterogeneous_retinanet", ("heterogeneous_retinanet",)),
     "RetinaNet, pretrained": ("retinanet", ("pretrained_retinanet",)),
 }
-# G-DetKD was worse with the weights that `d2kd balance` proposes
-EQUAL_TERMS = re.compile(r"(?!G-DetKD)(.+), (?:share 8|P3 to P5)|(G-DetKD), published")
+# Where a search preferred a share of 2, its row follows that of 8.
+# G-DetKD was worse with the weights that `d2kd balance` proposes.
+EQUAL_TERMS = re.compile(r"(?!G-DetKD)(.+), (?:share [28]|P3 to P5)|(G-DetKD), published")
 
 
 def page(text: str, folder: Path) -> str:
@@ -123,7 +124,7 @@ def equal_time(detector: str, name: str) -> str:
     costs, plain = step_costs(detector), plain_over_time(detector, name)
     body = []
     for label, cells in by_label(read_runs(name)).items():
-        method = label.partition(",")[0]
+        method = label.rpartition(", ")[0] or label
         if method not in costs or not plain.keys() <= {cell.seed for cell in cells}:
             continue
         cells = [cell for cell in cells if cell.seed in plain]
