@@ -184,8 +184,8 @@ def _build_schedule(cfg: CfgNode, distiller: Distiller, name: str, term: str) ->
     given, levels = len(node.LEVEL_WEIGHTS), distiller.levels_of(term)
     if given not in (0, levels):
         expected = f"give {levels}, one per FPN level, or" if levels else "this term has no levels,"
-        key = distiller.term_key(term, "LEVEL_WEIGHTS")
-        raise UserError(f"{key} has {given} numbers: {expected} none")
+        key = f"{distiller.node_name()}.{term.upper()}"
+        raise UserError(f"{key}.LEVEL_WEIGHTS has {given} numbers: {expected} none")
     full = node.START_ITER + node.WARMUP_ITERS
     if node.WARMUP_ITERS and full >= cfg.SOLVER.MAX_ITER:
         logger.warning(
