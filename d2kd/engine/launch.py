@@ -39,6 +39,7 @@ from .processes import (
     Place,
     is_first_to_tell,
     join,
+    leave,
     place_by_torchrun,
     publish_run,
     receive_run,
@@ -194,7 +195,14 @@ def _run_among(place: Place, store: dist.Store, args: argparse.Namespace, cfg: C
     """:func:`_run_reporting` in one of several processes."""
     with in_one_line(args.debug, partial(is_first_to_tell, store)), in_words_of(is_lazy(cfg)):
         join(place, store, cfg)
-        run(args, cfg)
+        status = 0
+        try:
+            run(args, cfg)
+        except SystemExit as stopped:  # all processes together
+            status = stopped.code
+        leave()
+        if status:
+            sys.exit(status)
 
 
 def start(

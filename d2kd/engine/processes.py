@@ -3,6 +3,7 @@ they need of Detectron2. Those on GPUs talk over NCCL, those on a CPU over gloo.
 
 import argparse
 import contextlib
+import gc
 import os
 import pickle
 from datetime import timedelta
@@ -143,7 +144,7 @@ def _on_gpus(cfg: CfgNode) -> bool:
 
 
 def join(place: Place, store: dist.Store, cfg: CfgNode) -> None:
-    """Connects this process with the others; all of them have to call it."""
+    """Connects this process with the others, until :func:`leave`; all of them have to call it."""
     if _on_gpus(cfg):
         torch.cuda.set_device(place.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -157,6 +158,16 @@ def join(place: Place, store: dist.Store, cfg: CfgNode) -> None:
     )
     _make_local_group(place.local_world_size)
     comm.synchronize()
+
+
+def leave() -> None:
+    """The end of :func:`join`, with the threads of its groups. One that still lets go of a tensor
+    while Python ends would abort the process."""
+    # A group ends with the last that holds it: Detectron2, or a model in a cycle of references
+    comm._get_global_gloo_group.cache_clear()
+    comm._LOCAL_PROCESS_GROUP = None
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def _make_local_group(size: int) -> None:

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from toys import batch, config
 
-from d2kd.engine.processes import join, start_processes, wrap_ddp
+from d2kd.engine.processes import join, leave, start_processes, wrap_ddp
 
 from .cells import DENSE, all_cells, build_cell, find_cell
 
@@ -113,6 +113,7 @@ def work(place, store, args, cfg):
             means[str(cell), term] = value / place.world_size
     steps = {s: change_by_steps(s, m, inputs, cfg) for s, m in WHOLE_STEPS}
     torch.save((means, steps), f"{args.folder}/{place.rank}.pth")
+    leave()
 
 
 @pytest.fixture(scope="module")

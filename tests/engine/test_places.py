@@ -1,14 +1,17 @@
 """Where a process stands in its run, and what refuses it a place."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from detectron2.utils import comm
 from toys import config
 
 from d2kd.cli.main import train as main
 from d2kd.engine import processes
 from d2kd.engine.preflight import refuse_processes
-from d2kd.engine.processes import Place, is_first_to_tell, place_by_torchrun
+from d2kd.engine.processes import Place, is_first_to_tell, join, leave, place_by_torchrun
 from d2kd.engine.stopping import command_to_resume
 from d2kd.errors import UserError
 
@@ -139,3 +142,17 @@ def test_release_0_6_and_main_make_the_local_group_each_in_its_way(monkeypatch):
     monkeypatch.setattr(processes.comm, "create_local_process_group", made.append, raising=False)
     processes._make_local_group(2)
     assert made == [2]
+
+
+def threads_of_gloo():
+    names = (Path(x, "comm").read_text() for x in Path("/proc/self/task").iterdir())
+    return sum("gloo" in name for name in names)
+
+
+def test_no_thread_of_the_group_outlives_it(store):
+    """One that lets go of a tensor while Python ends would abort the process."""
+    join(Place(0, 1, 0, 1), store, config(FRS))
+    dist.all_reduce(torch.ones(3), group=comm._get_global_gloo_group())
+    assert threads_of_gloo()
+    leave()
+    assert not threads_of_gloo() and not dist.is_initialized()
