@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Set, Tuple
 
 import matplotlib
 import numpy as np
@@ -44,6 +44,8 @@ MATRIX = re.compile(r"(<!-- matrix: ([\w ]+) -->\n).*?(<!-- end -->\n)", flags=r
 LONGER = re.compile(r"([\d.]+) times as long")
 AFTER = re.compile(r"(.+), teacher after (\d+)")
 
+# What runs with one seed have in common: each gain is a difference between two of them
+MADE_WITH = ("commit", "processor", "threads", "torch", "detectron2")
 # Columns and rows of the matrix, the rows with their name in step_costs.json and their experiments;
 # of a method that was measured on equal terms twice, the later experiment counts
 METHODS = ("CrossKD", "mimicking", "LD", "DeFeat", "FRS", "HGD", "PKD", "MGD", "G-DetKD")
@@ -82,7 +84,7 @@ def section(name: str, folder: Path) -> str:
         folder: of the page.
 
     Raises:
-        ValueError: if rows that are compared come from several commits or machines.
+        ValueError: if runs with one seed come from several commits or machines.
     """
     cells = read_runs(name)
     rows = by_label(cells)
@@ -95,19 +97,20 @@ def origin(name: str, cells: List[Cell]) -> str:
     """Seeds, commit and machine, in words.
 
     Raises:
-        ValueError: if they are of several commits or machines.
+        ValueError: if runs with one seed, which are compared, are of several commits or machines.
     """
-    keys = ("commit", "processor", "threads", "torch", "detectron2")
-    found = {tuple(cell.made_with[key] for key in keys) for cell in cells}
-    if len(found) > 1:
-        raise ValueError(f"{name}: its runs are of several commits or machines: {found}")
-    commit, processor, threads, torch, detectron2 = found.pop()
-    seeds = sorted({cell.seed for cell in cells})
-    return (
-        f"{_plural('Seed', len(seeds))} {', '.join(map(str, seeds))}; commit {commit[:7]}, "
+    seeds: Dict[tuple, Set[int]] = {}
+    for cell in cells:
+        seeds.setdefault(tuple(cell.made_with[key] for key in MADE_WITH), set()).add(cell.seed)
+    if len(set().union(*seeds.values())) < sum(map(len, seeds.values())):
+        raise ValueError(f"{name}: runs with one seed are of several commits or machines: {seeds}")
+    text = "; ".join(
+        f"{_plural('seed', len(of))} {', '.join(map(str, sorted(of)))}: commit {commit[:7]}, "
         f"{processor}, {threads} {_plural('thread', threads)} per run, torch {torch}, "
         f"Detectron2 {detectron2}"
+        for (commit, processor, threads, torch, detectron2), of in seeds.items()
     )
+    return text[0].upper() + text[1:]
 
 
 def equal_time(detector: str, name: str) -> str:

@@ -1,6 +1,5 @@
 """What a step costs: seconds, memory, and torch's operations."""
 
-import itertools
 import json
 import os
 import statistics
@@ -40,9 +39,11 @@ def peak_memory(step: Step, device: str) -> float:
         profiler.export_chrome_trace(trace)
         with open(trace) as f:
             events = [e for e in json.load(f)["traceEvents"] if e["name"] == "[memory]"]
-    # One event per allocation (bytes > 0) and release (< 0); of tensors made in the step alone
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    return max(itertools.accumulate(sizes), default=0) / 2**20
+    # One event per allocation and release, of tensors made in the step alone. Each names the total
+    # then: clocks of two cores may disagree on the order of the events.
+    totals = [e["args"]["Total Allocated"] for e in events]
+    before = totals[0] - events[0]["args"]["Bytes"] if events else 0
+    return (max([before, *totals]) - before) / 2**20
 
 
 def gflops(step: Step) -> float:

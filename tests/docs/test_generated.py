@@ -83,15 +83,23 @@ def test_a_table_names_where_its_runs_come_from(monkeypatch, tmp_path):
     page = results_page.page("before\n<!-- table: mine -->\nold\n<!-- end -->\nafter\n", tmp_path)
     assert page.startswith("before\n<!-- table: mine -->\n|") and page.endswith("-->\nafter\n")
     assert "old" not in page and "+2.0" in page and results_page.page(page, tmp_path) == page
-    assert "Seeds 1, 2; commit 0123456, A, 1 thread" in page
+    assert "Seeds 1, 2: commit 0123456, A, 1 thread per run" in page
 
 
-def test_rows_of_two_commits_are_not_compared(monkeypatch, tmp_path):
+def test_runs_with_one_seed_come_from_one_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
     cells = [cell("plain", 1, 10.0), cell("taught", 1, 12.0, commit="76543210")]
     write_cells(cells, str(tmp_path / "mine.json"))
-    with pytest.raises(ValueError, match="mine: its runs are of several commits"):
+    with pytest.raises(ValueError, match="mine: runs with one seed are of several commits"):
         results_page.section("mine", tmp_path)
+
+
+def test_another_seed_may_come_from_another_machine():
+    later = {"commit": "76543210", "processor": "B"}
+    cells = [cell("plain", 1, 10.0), cell("plain", 2, 11.0, **later), cell("x", 2, 9.0, **later)]
+    text = results_page.origin("mine", cells)
+    assert text.startswith("Seed 1: commit 0123456, A, 1 thread per run, ")
+    assert "; seed 2: commit 7654321, B, 1 thread per run, " in text
 
 
 def test_students_are_drawn_over_their_teachers():
