@@ -71,8 +71,11 @@ def gives_names(args: argparse.Namespace) -> bool:
     return bool(args.student or args.teacher or args.method or args.finetune_teacher)
 
 
-def plan_of(args: argparse.Namespace, opts: Sequence[str]) -> Plan:
+def plan_of(args: argparse.Namespace, opts: Sequence[str], needs_weights: bool = True) -> Plan:
     """What the words of :func:`add_names` amount to, with overrides.
+
+    Args:
+        needs_weights: see :func:`~d2kd.pairing.make_plan`.
 
     Raises:
         UserError: if one is missing or unknown, or no method fits.
@@ -85,7 +88,9 @@ def plan_of(args: argparse.Namespace, opts: Sequence[str]) -> Plan:
     if not (args.student and args.teacher):
         missing = "--teacher" if args.student else "--student"
         raise UserError(f"{missing} is missing: give both detectors, or a --config-file")
-    return make_plan(args.student, args.teacher, args.method, opts, args.finetune_teacher)
+    return make_plan(
+        args.student, args.teacher, args.method, opts, args.finetune_teacher, needs_weights
+    )
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -85,7 +85,7 @@ def _parts(args: argparse.Namespace, folder: str) -> Iterator[Part]:
     if not gives_names(args):
         yield from _parts_of(args, read_config(args.config_file, opts), args.config_only)
         return
-    plan = plan_of(args, opts)
+    plan = plan_of(args, opts, needs_weights=not args.config_only)
     print(plan, flush=True)
     if not plan.teacher or is_finished(plan.teacher_folder):
         cfg = read_config(write_recipe(folder, plan.recipe, []))

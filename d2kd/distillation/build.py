@@ -26,7 +26,12 @@ from d2kd.views import (
     build_family,
 )
 
-from .detectors import TeacherSource, build_detector, build_teacher_detector
+from .detectors import (
+    TeacherSource,
+    build_detector,
+    build_teacher_detector,
+    refuse_missing_weights,
+)
 from .pair_report import pair_report
 from .rebuild import Options, rebuild
 from .teacher import Teacher
@@ -218,12 +223,7 @@ def _fill_teacher(
     reads: Mapping[Tuple[str, str], Reads],
 ) -> Teacher:
     """Reads the weights of a teacher, and puts it beside the student."""
-    if not source.weights:
-        config = cfg.DISTILL.TEACHER.CONFIG
-        raise UserError(
-            f"DISTILL.TEACHER.WEIGHTS is empty, and no weights are known for {config}: train it "
-            f"first (d2kd train --config-file {config}), or give its checkpoint"
-        )
+    refuse_missing_weights(cfg, source.weights)
     verdict = load_teacher_weights(
         source.detector,
         source.weights,

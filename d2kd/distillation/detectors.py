@@ -8,6 +8,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig
 from torch import nn
 
+from d2kd.checkpoint.downloads import is_address
+from d2kd.checkpoint.weights import reading
 from d2kd.config import read_config
 from d2kd.errors import UserError, building, nearest
 from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
@@ -117,6 +119,26 @@ def _lazy_teacher(path: str, opts: Sequence, weights: str) -> TeacherSource:
     mapper = lazy.get("dataloader", {}).get("train", {}).get("mapper", {})
     weights = weights or lazy.get("train", {}).get("init_checkpoint", "")
     return TeacherSource(detector, mapper.get("image_format", "BGR"), weights)
+
+
+def refuse_missing_weights(cfg: CfgNode, weights: str) -> None:
+    """
+    Args:
+        cfg: of a run that distils.
+        weights: of its teacher, see :class:`TeacherSource`.
+
+    Raises:
+        UserError: if there are none, or no such file. What is in it is not read.
+    """
+    config = cfg.DISTILL.TEACHER.CONFIG
+    if not weights:
+        raise UserError(
+            f"DISTILL.TEACHER.WEIGHTS is empty, and no weights are known for {config}: train it "
+            f"first (d2kd train --config-file {config}), or give its checkpoint"
+        )
+    if not is_address(weights):
+        with reading(weights, "DISTILL.TEACHER.WEIGHTS"), open(weights, "rb"):
+            pass
 
 
 def save_random_teacher(cfg: CfgNode, path: str) -> None:

@@ -233,7 +233,7 @@ def start(
         try:
             start_processes(_run_among, args, cfg)
         except (ProcessExitedException, ProcessRaisedException) as error:
-            sys.exit(_status(error, received))
+            sys.exit(_status(error, received, args))
 
 
 def _set_up_and_hold(args: argparse.Namespace) -> CfgNode:
@@ -262,7 +262,7 @@ def _start_by_torchrun(
     _run_among(place, store, *receive_run(store))
 
 
-def _status(error: Exception, received: List[int]) -> int:
+def _status(error: Exception, received: List[int], args: argparse.Namespace) -> int:
     """The status of a run one of whose processes ended."""
     if received:
         return exit_status(received[0])
@@ -270,6 +270,7 @@ def _status(error: Exception, received: List[int]) -> int:
         print(error, file=sys.stderr, flush=True)
         return 1
     if error.exit_code < 0:  # ended by a signal; whatever else ends a process says so itself
-        print(f"error: {error}; add --resume to go on", file=sys.stderr, flush=True)
+        advice = "" if args.eval_only else "; add --resume to go on"
+        print(f"error: {error}{advice}", file=sys.stderr, flush=True)
         return exit_status(-error.exit_code)
     return error.exit_code

@@ -18,11 +18,13 @@ from tqdm import tqdm
 from d2kd.checkpoint import written_whole
 from d2kd.command import train_command
 from d2kd.config import read_config
+from d2kd.distillation import distilled_methods, refuse_missing_weights
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import config_file
 from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import FINAL_WEIGHTS, config_name
+from d2kd.pairing.pair import build_on_meta
 
 from .rows import Row, folder_of
 
@@ -80,12 +82,15 @@ def train_rows(
         the runs, in the order of the tasks.
 
     Raises:
-        UserError: if a folder holds a run with another config, before anything is trained; or if
-            training fails. Runs that have begun by then are brought to their end.
+        UserError: if a folder holds a run with another config, or a teacher has no weights, before
+            anything is trained; or if training fails. Runs that have begun by then are brought to
+            their end.
     """
     trainings = [_Training(row, seed, output, opts) for row, seed in tasks]
     # Two tables may have the same plain student: it is trained once
     waiting = deque({x.folder: x for x in trainings if not x.is_finished()}.values())
+    for training in {folder_of(x.row): x for x in waiting}.values():
+        training.refuse_missing_teacher()
     if waiting:
         _train_all(waiting, len(trainings), jobs)
     return [x.run() for x in trainings]
@@ -158,12 +163,12 @@ class _Training:
         Raises:
             UserError: if the folder holds a run with another config.
         """
+        self.row = row
         self.name = f"{row.label}, seed {seed}"
         self.folder = _folder(row, seed, output)
         self._opts = opts_of(row, seed, output, opts)
-        cfg = read_config(row.config, self._opts)
-        self._test_sets = cfg.DATASETS.TEST
-        self._config, self._max_iter = row.config, cfg.SOLVER.MAX_ITER
+        self._cfg = cfg = read_config(row.config, self._opts)
+        self._max_iter = cfg.SOLVER.MAX_ITER
         file, text = config_file(cfg)
         saved = os.path.join(self.folder, file)
         if os.path.isfile(saved):
@@ -174,6 +179,17 @@ class _Training:
                         "another --output"
                     )
         self._before = self._done = min(steps_done(self.folder), self._max_iter)
+
+    def refuse_missing_teacher(self) -> None:
+        """
+        Raises:
+            UserError: if it distils, and its teacher has no weights.
+        """
+        if distilled_methods(self._cfg):
+            try:
+                refuse_missing_weights(self._cfg, build_on_meta(self._cfg).weights)
+            except UserError as e:
+                raise UserError(f"row '{self.row.label}': {e}") from e
 
     def is_finished(self) -> bool:
         """Also of a run that was trained by a command of :func:`command`, on several GPUs say."""
@@ -189,13 +205,13 @@ class _Training:
         return os.path.isfile(os.path.join(self.folder, name))
 
     def _lines(self) -> List[Dict[str, float]]:
-        return read_metrics(self.folder, self._test_sets)
+        return read_metrics(self.folder, self._cfg.DATASETS.TEST)
 
     def steps_left(self) -> int:
         return self._max_iter - self._done
 
     def start(self, environment: Dict[str, str]) -> None:
-        words = [*train_command(), "--config-file", self._config, "--resume", *self._opts]
+        words = [*train_command(), "--config-file", self.row.config, "--resume", *self._opts]
         self._started = time.perf_counter()
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(

@@ -87,6 +87,7 @@ def make_plan(
     methods: Sequence[str] = (),
     opts: Sequence[str] = (),
     finetune: bool = False,
+    needs_weights: bool = True,
 ) -> Plan:
     """Nothing is written.
 
@@ -95,12 +96,13 @@ def make_plan(
         methods: names; chosen by default.
         opts: changes to the student's config, KEY VALUE ...
         finetune: train the teacher on the student's data first.
+        needs_weights: refuse a teacher that nobody knows weights for.
 
     Raises:
         UserError: if a name is unknown, or no method fits.
     """
     pair = open_pair(student, teacher, opts)
-    if not pair.weights:
+    if needs_weights and not pair.weights:
         raise UserError(
             f"--teacher is '{teacher}': no weights are known for it; train it first (d2kd train "
             f"--config-file {pair.teacher}), or give DISTILL.TEACHER.WEIGHTS <file>"

@@ -217,6 +217,25 @@ def test_apostrophes_in_lists_stay(tmp_path):
     assert read_table(str(path))[0].opts == ["DATASETS.TRAIN", '["it\'s"]']
 
 
+@pytest.mark.parametrize(
+    "opts, problem",
+    [
+        ([], "no weights are known for shapes/baselines/gfl_tiny_teacher.yaml: train it first"),
+        (["DISTILL.TEACHER.WEIGHTS", "/no.pth"], "DISTILL.TEACHER.WEIGHTS is '/no.pth': no such"),
+    ],
+)
+def test_a_missing_teacher_is_found_before_the_plain_student_is_trained(
+    compare, capsys, monkeypatch, opts, problem
+):
+    monkeypatch.setattr(runs, "_train_all", lambda *_: pytest.fail("it trains"))
+    table = "BASE: shapes/ld/gfl_tiny.yaml\nPLAIN: shapes/baselines/gfl_tiny.yaml\nROWS: {LD: {}}"
+    compare(table, "--commands", *opts)  # needs no teacher
+    with pytest.raises(SystemExit):
+        compare(table, *opts)
+    error = capsys.readouterr().err
+    assert error.startswith("error: row 'LD': ") and problem in error and error.count("\n") == 1
+
+
 def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     fails = "import sys; print('starting'); sys.exit('error: no teacher')"

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from d2kd.cli.main import main
 from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.pairing import finetune, make_plan
@@ -50,6 +51,18 @@ def test_a_teacher_without_weights_is_told_how_to_get_some(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)  # nothing was trained here
     with pytest.raises(UserError, match="no weights are known for it; train it first"):
         make_plan("shapes/baselines/gfl_tiny", "shapes/baselines/gfl_tiny_teacher")
+
+
+def test_a_check_of_the_config_alone_needs_no_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "--student",
+        "shapes/baselines/gfl_tiny",
+        "--teacher",
+        "shapes/baselines/gfl_tiny_teacher",
+    ]
+    main(["check", *names, "--config-only", "MODEL.DEVICE", "cpu"])
+    assert "found 0 errors" in capsys.readouterr().out
 
 
 def test_other_classes_are_told(own_data):
