@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from d2kd.layers import channel_statistics, kl_divergence, transfer_statistics
 from d2kd.methods.core import DISTILLER_REGISTRY, Defaults
-from d2kd.methods.core.dense_kd import OUTPUTS, DenseKD, quality_focal_kd
+from d2kd.methods.core.dense_kd import OUTPUTS, TARGETS, DenseKD, quality_focal_kd
 from d2kd.schema import Key
 from d2kd.views import (
     Assignment,
-    Dense,
     Family,
     Reads,
     StudentView,
@@ -41,7 +40,8 @@ MAX_GAIN = 1e3
 
 
 def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:
-    """Gives every channel of the student the teacher's mean and standard deviation over the batch.
+    """Gives every channel of the student the teacher's mean and standard deviation over the batch,
+    as the authors' code does. The method stretches a channel by :data:`MAX_GAIN` at most.
 
     Args:
         student: (N, C, h, w); the gradient goes through its mean and standard deviation.
@@ -50,7 +50,7 @@ def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         (N, C, h, w), at least float32: (s - μ_s) / (σ_s + ε) · σ_t + μ_t.
     """
-    return transfer_statistics(student, *channel_statistics(teacher), max_gain=MAX_GAIN)
+    return transfer_statistics(student, *channel_statistics(teacher))
 
 
 @DISTILLER_REGISTRY.register()
@@ -115,7 +115,7 @@ class CrossKD(DenseKD):
             tower = Tower(branch, node.DEPTH, node.PRE_ACTIVATION and node.DEPTH > 0)
             statistics = Tower(branch, tower.depth, tower.pre_activation, statistics=True)
             reads[name] = Reads(
-                student=(tower, Assignment()), teacher=(Dense(), statistics), knob="DEPTH"
+                student=(tower, Assignment()), teacher=(TARGETS[name], statistics), knob="DEPTH"
             )
         return reads
 

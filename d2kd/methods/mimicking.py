@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from d2kd.methods.core import DISTILLER_REGISTRY
-from d2kd.methods.core.dense_kd import DenseKD
+from d2kd.methods.core.dense_kd import OUTPUTS, TARGETS, DenseKD
 from d2kd.views import (
     Assignment,
     Dense,
@@ -25,8 +25,10 @@ class Mimicking(DenseKD):
 
     @classmethod
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
-        reads = Reads(student=(Dense(), Assignment()), teacher=(Dense(),))
-        return dict.fromkeys(cls.enabled_terms(node), reads)
+        return {
+            name: Reads(student=(Dense((OUTPUTS[name],)), Assignment()), teacher=(TARGETS[name],))
+            for name in cls.enabled_terms(node)
+        }
 
     def predictions(self, student: StudentView, teacher: TeacherView) -> Dict[str, List[Tensor]]:
         return student.predictions._asdict()

@@ -53,6 +53,17 @@ def test_a_branch_that_nobody_reads_does_not_run(tmp_path, student, method, runs
     assert runs in names and names.isdisjoint(rests)
 
 
+@pytest.mark.parametrize(
+    "method, depth", [("CrossKD", ["DISTILL.CROSSKD.DEPTH", 1]), ("Mimicking", [])]
+)
+def test_without_a_box_loss_the_box_branch_does_not_run(tmp_path, method, depth):
+    opts = [f"DISTILL.{method.upper()}.BBOX.WEIGHT", 0.0, *depth]
+    cfg = distill_config(tmp_path, "RetinaNet", opts, methods=[method])
+    names = run_of(build_model(cfg))
+    assert "head.cls_score" in names
+    assert names.isdisjoint(("head.bbox_subnet.0", "head.bbox_pred"))
+
+
 def test_what_another_method_reads_runs(tmp_path):
     names = run_of(build_model(distill_config(tmp_path, "FCOS", methods=["FRS", "Mimicking"])))
     assert {"head.cls_score", "head.bbox_pred", "head.ctrness"} <= names

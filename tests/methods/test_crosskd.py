@@ -85,10 +85,17 @@ def test_an_almost_dead_channel_has_a_bounded_gradient(deviation):
     torch.manual_seed(0)
     teacher = torch.randn(2, 1, 8, 8)
     student = (0.3 + deviation * torch.randn(2, 1, 8, 8)).requires_grad_()
-    aligned = align_statistics(student, teacher)
+    aligned = transfer_statistics(student, *channel_statistics(teacher), max_gain=MAX_GAIN)
     aligned.backward(torch.randn_like(aligned))
     assert torch.isfinite(aligned).all()
     assert student.grad.norm() < 20 * MAX_GAIN
+
+
+def test_a_nearly_constant_channel_gets_the_deviation_of_the_teacher():
+    torch.manual_seed(0)
+    student, teacher = 0.3 + 1e-4 * torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    aligned = align_statistics(student, teacher)
+    assert (aligned.std() / teacher.std()).item() == pytest.approx(1, abs=0.02)
 
 
 def test_alignment_of_half_precision_is_computed_in_float32():

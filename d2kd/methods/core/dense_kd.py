@@ -26,6 +26,7 @@ from d2kd.layers import (
 )
 from d2kd.schema import Key
 from d2kd.views import (
+    Dense,
     Family,
     StudentView,
     TeacherView,
@@ -52,6 +53,12 @@ _NO_GRADIENT = 1e-30
 
 # The prediction that each term compares
 OUTPUTS = {"cls": "logits", "bbox": "deltas", "centerness": "centerness"}
+# What of the teacher's it reads; its class scores weight the boxes
+TARGETS = {
+    "cls": Dense(("logits",)),
+    "bbox": Dense(("logits", "deltas")),
+    "centerness": Dense(("centerness",)),
+}
 # The box loss that the authors' code has for what a detector predicts
 BOX_LOSS_OF = {"deltas": "giou", "distances": "iou", "distribution": "kl"}
 # What has to be the same of two heads
