@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2kd.checkpoint import StudentCheckpointer
 from d2kd.errors import UserError
-from d2kd.layers import RandomStream
+from d2kd.layers import RandomStream, leaves
 from d2kd.layers.timing import Stopwatch
 from d2kd.methods import Distiller
 from d2kd.methods.core import Terms, TermSchedule, loss_name, scalar_name
@@ -75,7 +75,7 @@ class TeacherStudent(nn.Module):
         self.last_terms: Dict[Tuple[str, str], Tensor] = {}
         self.step_times: Deque[Stopwatch] = deque(maxlen=LOG_PERIOD)
         self.balance_period = BALANCE_PERIOD
-        self._idle: List[Distiller] = []  # in the last step
+        self._idle: List[nn.Parameter] = []  # of the distillers, in the last step
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
@@ -109,9 +109,8 @@ class TeacherStudent(nn.Module):
         self.last_terms = {}
         storage = get_event_storage()
         active = self.active_terms(storage.iter)
-        self._idle = [d for name, d in self.distillers.items() if name not in active]
         if not active:
-            return self._touch_idle(self.student(batched_inputs), active)
+            return self._touch_idle(self.student(batched_inputs), {}, active)
 
         batched_inputs = uploaded(batched_inputs, self.device)
         watch = Stopwatch(self.device)
@@ -140,7 +139,7 @@ class TeacherStudent(nn.Module):
             _log_diagnostics(values, storage)
         if (storage.iter + 1) % self.balance_period == 0:
             self._log_balance(own, distilled, list(student.levels.values()), storage)
-        return self._touch_idle({**own, **distilled}, active)
+        return self._touch_idle(own, distilled, active)
 
     def active_terms(self, iteration: int) -> Dict[str, FrozenSet[str]]:
         """The terms to compute at an iteration, by method; methods without any are left out."""
@@ -161,10 +160,10 @@ class TeacherStudent(nn.Module):
         )
 
     def forget_idle(self) -> None:
-        """Drops the gradients, 0, of methods that had nothing to compute in the last step: to be
-        called before the optimizer's, whose decay would shrink what has not begun to learn."""
-        for distiller in self._idle:
-            distiller.zero_grad()
+        """Drops the gradients, 0, of what had nothing to learn in the last step: to be called
+        before the optimizer's, whose decay would shrink what has not begun to learn."""
+        for parameter in self._idle:
+            parameter.grad = None
 
     def _weighted(self, name: str, values: Dict[str, Tensor], iteration: int) -> Dict[str, Tensor]:
         losses = {}
@@ -187,18 +186,19 @@ class TeacherStudent(nn.Module):
             ratio = ratios[loss_name(*key)].item()
             storage.put_scalar(scalar_name(*key, "gradient"), ratio, smoothing_hint=False)
 
-    def _touch_idle(self, losses: Dict[str, Tensor], active: Dict) -> Dict[str, Tensor]:
-        """Ties the distillers that do not compute all of their terms to a loss, with gradient 0:
-        DistributedDataParallel wants every parameter in every step."""
-        idle = [
-            parameter.sum()
-            for name, distiller in self.distillers.items()
-            if active.get(name) != distiller.terms
-            for parameter in distiller.parameters()
-        ]
-        if idle:
+    def _touch_idle(
+        self, own: Dict[str, Tensor], distilled: Dict[str, Tensor], active: Dict
+    ) -> Dict[str, Tensor]:
+        """All losses of a step. What of the distillers none of them depends on, where not all terms
+        are active, is tied to one with gradient 0: DistributedDataParallel wants every parameter in
+        every step."""
+        losses = {**own, **distilled}
+        waiting = [d for name, d in self.distillers.items() if active.get(name) != d.terms]
+        used = leaves(distilled.values()) if waiting else set()
+        self._idle = [p for d in waiting for p in d.parameters() if p not in used]
+        if self._idle:
             first = next(iter(losses))
-            losses[first] = losses[first] + 0.0 * torch.stack(idle).sum()
+            losses[first] = losses[first] + 0.0 * torch.stack([p.sum() for p in self._idle]).sum()
         return losses
 
 

@@ -6,6 +6,7 @@ from .distributed import gather_over_gpus, mean_over_gpus
 from .divergence import kl_divergence
 from .focal import distribution_focal_loss, one_hot, quality_focal_loss
 from .frozen import FrozenLayers
+from .graph import leaves
 from .masks import object_masks, valid_cells
 from .precision import as_float, as_target
 from .random import RandomStream
@@ -28,6 +29,7 @@ __all__ = [
     "highest_logits",
     "kl_divergence",
     "iou_log_loss",
+    "leaves",
     "mean_over_gpus",
     "object_masks",
     "one_hot",
