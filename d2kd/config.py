@@ -113,7 +113,8 @@ RUN_KEYS = {
     "BEST_METRIC": Key(
         "bbox/AP",
         "The student with the highest value of this metric is kept as model_best.pth, where the "
-        "run is evaluated every TEST.EVAL_PERIOD iterations; empty = none is",
+        "run is evaluated every TEST.EVAL_PERIOD iterations; of several sets the first one's, or "
+        "that of <set>/<metric>; empty = none is",
     ),
 }
 

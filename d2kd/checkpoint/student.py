@@ -123,7 +123,7 @@ class StudentCheckpointer(SafeCheckpointer):
         return {CLASSES: self._class_names} if self._class_names else {}
 
     def _refuse_not_finite(self, name: str) -> None:
-        tensor = first_not_finite(self.model)
+        tensor = first_not_finite(self.model.state_dict())
         if tensor:
             raise UserError(
                 f"{name} is not saved: the student's {tensor} is not finite since this step, whose "

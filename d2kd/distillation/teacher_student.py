@@ -112,7 +112,7 @@ class TeacherStudent(nn.Module):
         if not active:
             return self._touch_idle(self.student(batched_inputs), {}, active)
 
-        batched_inputs = uploaded(batched_inputs, self.device)
+        given, batched_inputs = batched_inputs, uploaded(batched_inputs, self.device)
         watch = Stopwatch(self.device)
         self.step_times.append(watch)
         ours, theirs = self.active_reads(active)
@@ -122,7 +122,7 @@ class TeacherStudent(nn.Module):
         run_backbone = watch.part("teacher")(teacher_pass.run_backbone)
         recorder = Recorder(self.family.observed(ours), self.family.backbone, run_backbone)
         with recorder:
-            own = self.student(batched_inputs)
+            own = self.student(self._for_student(given, batched_inputs, storage.iter))
 
         targets = [x["instances"] for x in batched_inputs]
         sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
@@ -140,6 +140,17 @@ class TeacherStudent(nn.Module):
         if (storage.iter + 1) % self.balance_period == 0:
             self._log_balance(own, distilled, list(student.levels.values()), storage)
         return self._touch_idle(own, distilled, active)
+
+    def _for_student(
+        self, given: List[Dict], uploaded_inputs: List[Dict], iteration: int
+    ) -> List[Dict]:
+        """The inputs on the device; the ground truth as it was given in a step in which Detectron2
+        draws it, which it can do on a CPU alone."""
+        period = getattr(self.student, "vis_period", 0)
+        if not period or iteration % period:
+            return uploaded_inputs
+        pairs = zip(uploaded_inputs, given)
+        return [{**ours, "instances": x["instances"]} for ours, x in pairs]
 
     def active_terms(self, iteration: int) -> Dict[str, FrozenSet[str]]:
         """The terms to compute at an iteration, by method; methods without any are left out."""

@@ -18,6 +18,7 @@ class _Pass(NamedTuple):
     """A forward pass of the model in training."""
 
     inputs: Tuple
+    half: Optional[torch.dtype]  # of mixed precision, if it ran in that
     losses: Dict[str, Tensor]
     terms: Dict[Tuple[str, str], Tensor]  # of its methods, by level
 
@@ -47,7 +48,7 @@ class FiniteLosses:
 
     def _before(self, model: nn.Module, inputs: Tuple) -> None:
         if model.training and not self._looking:
-            self._passes.append(_Pass(inputs, {}, {}))
+            self._passes.append(_Pass(inputs, _half(model), {}, {}))
 
     def _after(self, model: nn.Module, inputs: Tuple, losses: Any) -> None:
         if self._looking or not model.training or not isinstance(losses, Mapping):
@@ -96,14 +97,16 @@ class FiniteLosses:
             for name in _images_not_finite(done.inputs):
                 return f"image {name} is not finite; repair it or its mapper"
         sides = _sides(self._model)
-        for side, detector in sides.items():
-            tensor = first_not_finite(detector)
+        for side, module in sides.items():
+            # What a method has not measured yet is NaN in its buffers
+            state = dict(module.named_parameters()) if side == "method" else module.state_dict()
+            tensor = first_not_finite(state)
             if tensor:
                 return _blamed(side, tensor)
         if not self._alone:
             return None
         self._looking = True
-        outputs = (_first_output(self._model, done.inputs, sides) for done in self._passes)
+        outputs = (_first_output(self._model, done, sides) for done in self._passes)
         first = next(filter(None, outputs), None)
         if first is None:
             return None
@@ -113,6 +116,8 @@ class FiniteLosses:
             if side == "teacher"
             else "lower SOLVER.BASE_LR, or add SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
+        if side != "teacher" and any(done.half for done in self._passes):
+            advice += " or SOLVER.AMP.ENABLED False"
         return f"the {side}'s output was the first that is not finite (module {name}); {advice}"
 
 
@@ -134,8 +139,17 @@ def _images_not_finite(inputs: Tuple) -> Iterator[str]:
 def _sides(model: nn.Module) -> Dict[str, nn.Module]:
     if not isinstance(model, TeacherStudent):
         return {"student": model}
-    adapters = model.distillers
-    return {"teacher": model.teacher.detector, "student": model.student, "adapters": adapters}
+    methods = model.distillers
+    return {"teacher": model.teacher.detector, "student": model.student, "method": methods}
+
+
+def _half(model: nn.Module) -> Optional[torch.dtype]:
+    device = _device_type(model)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _device_type(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
 
 
 def _blamed(side: str, tensor: str) -> str:
@@ -148,9 +162,9 @@ def _blamed(side: str, tensor: str) -> str:
 
 
 def _first_output(
-    model: nn.Module, inputs: Tuple, sides: Dict[str, nn.Module]
+    model: nn.Module, done: _Pass, sides: Dict[str, nn.Module]
 ) -> Optional[Tuple[str, str]]:
-    """Runs the step again and looks at the output of every module, in the order of the run.
+    """Runs a step again and looks at the output of every module, in the order of the run.
 
     Returns:
         side and name of the first module whose output is not finite.
@@ -171,8 +185,9 @@ def _first_output(
         if module is not model
     ]
     try:
-        with EventStorage(0), torch.no_grad():
-            model(*inputs)
+        mixed = torch.autocast(_device_type(model), done.half, enabled=done.half is not None)
+        with EventStorage(0), torch.no_grad(), mixed:
+            model(*done.inputs)
     except Exception:  # what is not finite may end in any error; what was seen before counts
         pass
     finally:

@@ -173,9 +173,11 @@ class DistillTrainer(DefaultTrainer):
 
     def _best_hook(self) -> List[HookBase]:
         """None where there is one evaluation only, and so nothing to choose from."""
-        metric = self.cfg.RUN.BEST_METRIC
+        metric, sets = self.cfg.RUN.BEST_METRIC, self.cfg.DATASETS.TEST
         if not metric or not self.cfg.TEST.EVAL_PERIOD or not comm.is_main_process():
             return []
+        if len(sets) > 1 and not metric.startswith(tuple(f"{name}/" for name in sets)):
+            metric = f"{sets[0]}/{metric}"  # as evaluations of several sets log it
         return [BestHook(self.checkpointer, metric)]
 
     def build_writers(self) -> List[EventWriter]:

@@ -8,9 +8,10 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model, distilled_methods, save_random_teacher
@@ -146,7 +147,7 @@ def measure(
 def _steps(case: Case, load: Load, beside: Sequence[Sequence[str]]) -> Dict[str, Step]:
     loaded = random_pair(case.config(AS_STOCK))
     model = random_pair(case.config())
-    inputs = random_batch(load, model.family.num_classes)
+    inputs = random_batch(load, model.family.num_classes, case.config().MODEL)
     steps = {
         "a": training_step(loaded.student, inputs, load.amp),
         "b": _teacher_forward(loaded, inputs, load.amp),
@@ -159,8 +160,13 @@ def _steps(case: Case, load: Load, beside: Sequence[Sequence[str]]) -> Dict[str,
     return steps
 
 
-def random_batch(load: Load, num_classes: int) -> List[dict]:
-    """Images of noise with random boxes, always the same."""
+def random_batch(load: Load, num_classes: int, heads: CfgNode) -> List[dict]:
+    """Images of noise with random boxes, always the same.
+
+    Args:
+        num_classes: K.
+        heads: the node MODEL, which says whether masks and keypoints are learned.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for _ in range(load.batch):
@@ -169,10 +175,22 @@ def random_batch(load: Load, num_classes: int) -> List[dict]:
         instances = Instances((load.size, load.size))
         instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
         instances.gt_classes = torch.randint(num_classes, (load.boxes,), generator=generator)
+        if heads.MASK_ON:
+            corners = instances.gt_boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+            instances.gt_masks = PolygonMasks([[polygon] for polygon in corners.numpy()])
+        if heads.KEYPOINT_ON:
+            points = heads.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+            instances.gt_keypoints = Keypoints(_at_centers(instances.gt_boxes, points))
         shape = (3, load.size, load.size)
         image = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances})
     return inputs
+
+
+def _at_centers(boxes: Boxes, points: int) -> Tensor:
+    """(N, points, 3), visible all."""
+    centers = F.pad(boxes.get_centers(), (0, 1), value=2.0)
+    return centers[:, None].expand(-1, points, -1)
 
 
 def random_pair(cfg: CfgNode) -> TeacherStudent:

@@ -174,10 +174,22 @@ def test_the_teachers_forward_is_of_the_regions_that_are_compared(monkeypatch, r
     run = BoxHead.run
     monkeypatch.setattr(BoxHead, "run", lambda *args: calls.append(1) or run(*args))
     opts = ["MODEL.DEVICE", "cpu", "DISTILL.DEFEAT.PROPOSALS_FROM", "both"]
-    model = benchmark.random_pair(Case(f"shapes/{recipe}.yaml", opts).config())
-    inputs = benchmark.random_batch(Load(size=64), model.family.num_classes)
+    cfg = Case(f"shapes/{recipe}.yaml", opts).config()
+    model = benchmark.random_pair(cfg)
+    inputs = benchmark.random_batch(Load(size=64), model.family.num_classes, cfg.MODEL)
     with EventStorage():
         forward = benchmark._teacher_forward(model, inputs, amp=False)
         calls.clear()
         forward()
     assert len(calls) == passes
+
+
+@pytest.mark.parametrize("heads", [["MODEL.MASK_ON", True], ["MODEL.KEYPOINT_ON", True]])
+def test_students_with_other_heads_find_their_ground_truth(heads):
+    opts = ["MODEL.DEVICE", "cpu", "DISTILL.TEACHER.OPTS", heads, *heads]
+    cfg = Case("shapes/defeat/faster_rcnn_tiny.yaml", opts).config()
+    model = benchmark.random_pair(cfg)
+    with EventStorage():
+        losses = model.student(benchmark.random_batch(Load(size=64), 6, cfg.MODEL))
+    assert {"loss_mask", "loss_keypoint"} & losses.keys()
+    assert all(loss.isfinite() for loss in losses.values())

@@ -99,3 +99,14 @@ def test_stages_beside_the_fpn_are_those_of_the_whole_backbone():
         view = pass_of("RetinaNet", [*reads, *more])
         maps.append([view.stage(read) for read in reads])
     assert all(torch.equal(a, b) for a, b in zip(*maps))
+
+
+@pytest.mark.parametrize("iteration, drawn", [(0, True), (1, False), (2, True)])
+def test_detectron2_draws_the_ground_truth_that_was_given(tmp_path, iteration, drawn):
+    """It cannot draw boxes that are on a GPU."""
+    model = build_model(distill_config(tmp_path, "FasterRCNN", ["VIS_PERIOD", 2]))
+    inputs, seen = batch(), []
+    model.student.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
+    step(model, inputs, iteration)
+    same = [ours["instances"] is x["instances"] for ours, x in zip(seen, inputs)]
+    assert same == [drawn] * len(inputs)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from detectron2.utils import comm
 from runs import run_config, train
+from toys import batch, distill_config
 
+from d2kd.distillation import build_model
 from d2kd.engine.finite import FiniteLosses, _Pass
 from d2kd.errors import UserError
 
@@ -32,6 +34,36 @@ def adapter(trainer):
     next(trainer.bare_model.distillers.parameters()).data.fill_(NAN)
 
 
+class Overflowing(torch.nn.Module):
+    """In float16 its layer gives infinity, in float32 65 600."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1, bias=False)
+        self.layer.weight.data.fill_(65600.0)
+
+    def forward(self, inputs):
+        return {"loss": self.layer(torch.ones(1, 1)).sum()}
+
+
+def test_an_overflow_in_half_precision_is_found_in_it():
+    model = Overflowing()
+    watch = FiniteLosses(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with torch.autocast("cpu", torch.float16):
+        model([])
+    with pytest.raises(UserError, match=r"module layer\); .* or SOLVER.AMP.ENABLED False"):
+        watch.check()
+
+
+def test_what_a_method_has_not_measured_yet_is_not_blamed(tmp_path):
+    cfg = distill_config(tmp_path, "RetinaNet", methods=["HGD"])
+    model = build_model(cfg)
+    assert model.distillers["HGD"].scales.isnan().all()
+    watch = FiniteLosses(model, torch.optim.SGD(model.student.parameters(), lr=0.1))
+    watch._passes.append(_Pass((batch(),), None, {}, {}))  # one that ended in some other error
+    assert watch.origin() is None
+
+
 @pytest.mark.parametrize(
     "action, iteration, words",
     [
@@ -39,7 +71,7 @@ def adapter(trainer):
         (huge_teacher, 2, "the teacher's output was the first .*module backbone.fpn"),
         (huge_student, 2, "the student's output was the first .*module head.bbox_pred"),
         (gradient, 3, "the student's head.cls_score.bias is not finite since the step before"),
-        (adapter, 2, "the adapters's .* is not finite since"),
+        (adapter, 2, "the method's .* is not finite since"),
     ],
 )
 def test_who_was_first(tmp_path, toy_dataset, action, iteration, words, caplog):
@@ -101,7 +133,9 @@ def test_several_processes_do_not_run_the_model_again(monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = FiniteLosses(model, optimizer)
     model.register_forward_hook(lambda *_: calls.append(1))
-    losses._passes.append(_Pass(([{"image": torch.zeros(1)}],), {"loss": torch.tensor(NAN)}, {}))
+    losses._passes.append(
+        _Pass(([{"image": torch.zeros(1)}],), None, {"loss": torch.tensor(NAN)}, {})
+    )
     with pytest.raises(UserError, match="loss is nan: images and weights are finite .*one process"):
         losses.check()
     assert not calls

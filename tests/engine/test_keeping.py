@@ -61,6 +61,16 @@ def test_the_best_student_is_kept(tmp_path, toy_dataset, course):
     assert newest_checkpoint(cfg.OUTPUT_DIR).path.endswith("model_final.pth")
 
 
+def test_of_several_sets_the_first_one_chooses(tmp_path, toy_dataset, monkeypatch):
+    cfg = plain(tmp_path, toy_dataset)
+    first, second = cfg.DATASETS.TEST[0], cfg.DATASETS.TRAIN[0]
+    cfg.DATASETS.TEST = (first, second)
+    results = {first: {"bbox": {"AP": 3.0}}, second: {"bbox": {"AP": 9.0}}}
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *_, **__: results))
+    train(cfg)
+    assert read_best(cfg.OUTPUT_DIR) == (f"{first}/bbox/AP", 3.0, 0)
+
+
 def test_the_last_evaluation_counts(tmp_path, toy_dataset, course):
     course(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0)
     cfg = plain(tmp_path, toy_dataset)

@@ -9,6 +9,8 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from d2kd.layers import as_float
+
 from .arguments import detector_arguments
 from .visualize import visualize_predictions
 
@@ -49,6 +51,14 @@ class FCOS(fcos.FCOS):
     def forward_training(self, images, features, predictions, gt_instances) -> Dict[str, Tensor]:
         visualize_predictions(self, images, features, predictions, gt_instances)
         return super().forward_training(images, features, predictions, gt_instances)
+
+    def losses(
+        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
+    ) -> Dict[str, Tensor]:
+        # In half precision release 0.6 decodes boxes that its IoU loss cannot take.
+        predicted = (pred_logits, pred_anchor_deltas, pred_centerness)
+        logits, deltas, centerness = ([as_float(x) for x in levels] for levels in predicted)
+        return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
 
     @torch.no_grad()
     def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple:
