@@ -11,6 +11,7 @@ from d2kd.data.classes import plain_name
 from d2kd.errors import UserError
 from d2kd.modeling.backbone.fpn import LastLevelP6P7WithoutReLU
 from d2kd.modeling.meta_arch import PaperFCOS
+from d2kd.views import Family, find_family
 
 from . import mmdet_settings as names
 from .mmdet_settings import Settings, file_settings
@@ -101,17 +102,18 @@ def detector_settings(
 ) -> Settings:
     """
     Args:
-        detector: a RetinaNet, FCOS, ATSS, GFL or R-CNN.
+        detector: what its family says of it counts, where there is one.
         input_format: ``INPUT.FORMAT`` of its config.
         class_names: that it learns, if known.
 
     Returns:
         its settings, named as those of a file; what it has nothing of is missing.
     """
+    family = find_family(detector) or Family(detector)
     settings: Settings = {
-        names.MEAN: [round(x, 4) for x in detector.pixel_mean.flatten().tolist()],
-        names.STD: [round(x, 4) for x in detector.pixel_std.flatten().tolist()],
-        **_backbone_settings(detector.backbone),
+        names.MEAN: [round(x, 4) for x in family.pixels.mean],
+        names.STD: [round(x, 4) for x in family.pixels.std],
+        **_backbone_settings(family),
         **_anchor_settings(detector),
     }
     if input_format:
@@ -130,12 +132,12 @@ def _box_predictors(detector: nn.Module) -> Sequence[nn.Module]:
     return predictor if isinstance(predictor, nn.ModuleList) else [predictor]
 
 
-def _backbone_settings(backbone: nn.Module) -> Settings:
+def _backbone_settings(family: Family) -> Settings:
     settings: Settings = {}
-    blocks = getattr(getattr(backbone, "bottom_up", None), "res3", None)
-    if blocks is not None and hasattr(blocks[0], "conv3"):
+    blocks = getattr(family.stage_module, "res3", None)
+    if isinstance(blocks, nn.Sequential) and hasattr(blocks[0], "conv3"):
         settings[names.STRIDE] = blocks[0].conv1.stride[0] == 2
-    top_block = getattr(backbone, "top_block", None)
+    top_block = getattr(family.backbone, "top_block", None)
     if isinstance(top_block, LastLevelP6P7):
         from_res5 = top_block.in_feature == "res5"
         settings[names.P6] = names.FROM_RES5 if from_res5 else names.FROM_P5

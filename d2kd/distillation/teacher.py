@@ -161,7 +161,8 @@ class TeacherPass:
         towers = [read for read in self._reads if isinstance(read, Tower)]
         proposals = [read for read in self._reads if isinstance(read, Proposals)]
         dense = any(isinstance(read, Dense) for read in self._reads)
-        if proposals or dense or any(tower.depth for tower in towers):
+        rpn = proposals and self._family.dense_head is not None
+        if rpn or dense or any(tower.depth for tower in towers):
             self._run_head(view)
         with torch.no_grad():
             self._keep_statistics(view, [tower for tower in towers if tower.statistics])
@@ -201,7 +202,8 @@ class TeacherPass:
     def _sample(self, read: Proposals, targets: List[Instances]) -> RegionSet:
         family = self._family
         features = self._recorder.output(family.backbone)
-        outputs = self._recorder.output(family.dense_head.module)
+        rpn = family.dense_head
+        outputs = self._recorder.output(rpn.module) if rpn is not None else None
         with self._teacher.precision(), self._teacher.random:
             proposals = family.propose(features, outputs, self._sizes)
             sampled = family.box_head.sample(features, proposals, targets, read.stage)

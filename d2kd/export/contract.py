@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from d2kd import __version__
+from d2kd.views import build_family
 
 _RESIZED = (
     "resized so that its shorter side has min_size pixels, or its longer side max_size if that "
@@ -31,14 +32,15 @@ def input_contract(student: nn.Module, cfg: CfgNode, classes: Sequence[str]) -> 
         cfg: its config.
         classes: its names, in order; may be unknown.
     """
+    pixels = build_family(student).pixels
     return {
         "architecture": type(student).__name__,
         "classes": list(classes),
         "input_format": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
-        "pixel_mean": student.pixel_mean.flatten().tolist(),
-        "pixel_std": student.pixel_std.flatten().tolist(),
+        "pixel_mean": list(pixels.mean),
+        "pixel_std": list(pixels.std),
         "d2kd": __version__,
         "detectron2": detectron2.__version__,
     }

@@ -56,6 +56,12 @@ def refused(folder, name, opts, message, **teacher):
         ("RetinaNet", TRANSFER, "FasterRCNN", r"HEAD_TRANSFER is True.*Retina"),
         (
             "FasterRCNN",
+            [*SGFI_OFF, *CKD_OFF, *PREDICTIONS_OFF, *TRANSFER],
+            "FasterRCNN",
+            r"HEAD_TRANSFER is True, but all weights .* are 0.* CLS.STOP_ITER 1",
+        ),
+        (
+            "FasterRCNN",
             [*SGFI_ALONE, *MASKED, *TRANSFER],
             "RetinaNet",
             r"HEAD_TRANSFER is True, but the teacher RetinaNet has no box head",

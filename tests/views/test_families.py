@@ -6,17 +6,30 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 from toys import STUDENTS, batch, detector, step
 
+from d2kd.checkpoint.mmdet_settings import MEAN
+from d2kd.checkpoint.verify import detector_settings, verify
 from d2kd.distillation import Teacher, TeacherStudent
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.methods.core import TermSchedule
-from d2kd.views import FAMILY_REGISTRY, CannotRead, Dense, Family, Features, Regions, build_family
-from d2kd.views.families import Pixels
+from d2kd.methods.gdetkd.distiller import _student_levels
+from d2kd.views import (
+    FAMILY_REGISTRY,
+    CannotRead,
+    Dense,
+    Family,
+    Features,
+    Regions,
+    Tower,
+    build_family,
+)
+from d2kd.views.families import DenseHead, Pixels
+from d2kd.views.families.dense import DenseFamily
 
 
 @contextlib.contextmanager
@@ -141,6 +154,48 @@ def test_what_it_lacks_is_refused_with_the_reason():
                 family.observe(read)
         with pytest.raises(UserError, match="neither a box head on an FPN nor anchors"):
             distilled(QueryDetector(), detector(STUDENTS["FasterRCNN"]), "GDetKD")
+
+
+def test_its_weights_are_verified_by_what_its_family_says():
+    model = QueryDetector()
+    with registered(QueryFamily):
+        found = detector_settings(model, "BGR", ["a", "b"])
+        text = verify({"CLASSES": ["a", "b"]}, model, "w.pth", "BGR", ["a", "b"])
+    assert found[MEAN] == [100.0] * 3 and text == "verified: classes; unverified: pixels"
+
+
+class TowerlessFamily(DenseFamily):
+    """A dense head that cannot be taken apart."""
+
+    def __init__(self, detector):
+        super().__init__(detector)
+        head = self.dense_head
+        self.dense_head = DenseHead(head.module, head.num_anchors, head.num_classes, None)
+
+    @classmethod
+    def accepts(cls, detector):
+        return isinstance(detector, RetinaNet)
+
+
+def test_regions_of_a_head_without_towers_are_contrasted_by_its_levels():
+    with registered(TowerlessFamily):
+        student = build_family(detector(STUDENTS["RetinaNet"]))
+        teacher = build_family(detector(STUDENTS["FasterRCNN"]))
+        method = DISTILLER_REGISTRY.get("GDetKD")
+        node = method.default_config()
+        node.CLS.WEIGHT = node.BBOX.WEIGHT = 0.0
+        read = method.reads(node, student, teacher)["ckd"].student
+        distiller = method(node, student, teacher)
+    assert [x.depth for x in read if isinstance(x, Tower)] == [0]
+    assert distiller.contrast.adapter.in_features == student.levels[0].channels
+
+
+def test_levels_of_several_widths_have_no_adapter_in_common():
+    student, teacher = (build_family(detector(STUDENTS[x])) for x in ("RetinaNet", "FasterRCNN"))
+    student.levels[0] = student.levels[0]._replace(channels=5)
+    node = DISTILLER_REGISTRY.get("GDetKD").default_config()
+    with pytest.raises(UserError, match=r"GDETKD.LEVELS: .* have \[5, .* of one width"):
+        _student_levels(node, student)
 
 
 class FixedProposals(nn.Module):

@@ -119,6 +119,15 @@ class GDetKD(Distiller):
         return {name: reads[name] for name in cls.enabled_terms(node)}
 
     @classmethod
+    def check_config(cls, node: CfgNode) -> None:
+        super().check_config(node)
+        if node.HEAD_TRANSFER and not cls.enabled_terms(node):
+            raise UserError(
+                f"{KEY}.HEAD_TRANSFER is True, but all weights of the method are 0, so that none "
+                "of it runs: for the transfer alone, give CLS.WEIGHT 1 and CLS.STOP_ITER 1"
+            )
+
+    @classmethod
     def check_pair(cls, node: CfgNode, student: Family, teacher: Family) -> None:
         terms = cls.enabled_terms(node)
         for name in ("cls", "bbox"):
@@ -271,17 +280,17 @@ def _build_imitation(node: CfgNode, student: Family, teacher: Family) -> nn.Modu
     kind = _imitation_class(node)
     if kind is MaskedImitation:
         return MaskedImitation(paired_levels(student, teacher, f"{KEY}.MATCH"))
-    pooler = teacher.box_head.module.box_pooler
-    levels, channels = _student_levels(node, student), teacher.levels[0].channels
+    size, channels = teacher.box_head.pooled_size, teacher.levels[0].channels
+    levels = _student_levels(node, student)
     if kind is not SoftImitation:
         # One student level per region, no coarser than what the teacher pools from
-        levels = [lv for lv in levels if lv.stride <= 2**pooler.max_level]
+        levels = [lv for lv in levels if lv.stride <= teacher.box_head.coarsest_stride]
         _check_consecutive(levels, "MATCH" if kind is AssignedImitation else "AGGREGATE", node)
     if kind is AssignedImitation:
-        return AssignedImitation(levels, channels, pooler.output_size)
-    _check_embedding(node.EMBED_DIMS, min(pooler.output_size))
+        return AssignedImitation(levels, channels, size)
+    _check_embedding(node.EMBED_DIMS, min(size))
     extra = {"teacher_levels": teacher.levels} if kind is TeacherSoftImitation else {}
-    return kind(levels, channels, pooler.output_size, node.EMBED_DIMS, **extra)
+    return kind(levels, channels, size, node.EMBED_DIMS, **extra)
 
 
 def _build_contrast(node: CfgNode, student: Family, teacher: Family) -> RegionContrast:
@@ -290,7 +299,8 @@ def _build_contrast(node: CfgNode, student: Family, teacher: Family) -> RegionCo
         width, num_anchors = student.box_head.hidden_dim(0), 1
     else:
         head = student.dense_head
-        width, num_anchors = head.channels("cls", head.num_blocks("cls")), head.num_anchors
+        blocks, num_anchors = head.num_blocks("cls"), head.num_anchors
+        width = head.channels("cls", blocks) if blocks else student.levels[0].channels
     return RegionContrast(
         width,
         teacher.box_head.hidden_dim(0),
@@ -314,7 +324,14 @@ def _student_levels(node: CfgNode, student: Family) -> List[Level]:
     for name in node.LEVELS:
         if name not in known:
             raise UserError(f"{KEY}.LEVELS names '{name}': {nearest(name, known)}")
-    return [level for name, level in known.items() if name in (node.LEVELS or known)]
+    levels = [level for name, level in known.items() if name in (node.LEVELS or known)]
+    widths = [level.channels for level in levels]
+    if len(set(widths)) > 1:
+        raise UserError(
+            f"{KEY}.LEVELS: one adapter is for all levels of the student, but these have {widths} "
+            "channels: name levels of one width"
+        )
+    return levels
 
 
 def _check_consecutive(levels: Sequence[Level], name: str, node: CfgNode) -> None:

@@ -77,13 +77,11 @@ class _RegionImitation(nn.Module):
     def __init__(self, levels: Sequence[Level], channels: int, resolution: Tuple[int, int]):
         """
         Args:
-            levels: the student's, finest first.
+            levels: the student's, finest first, all of one width.
             channels: C.
             resolution: (r, r) of the teacher's pooler.
         """
         super().__init__()
-        widths = {level.channels for level in levels}
-        assert len(widths) == 1, f"student levels of one width are expected, not {widths}"
         self.levels = list(levels)
         self.resolution = resolution
         self.adapter = nn.Conv2d(levels[0].channels, channels, 1)

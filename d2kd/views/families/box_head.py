@@ -34,6 +34,16 @@ class BoxHead:
         self.num_stages: int = getattr(module, "num_cascade_stages", 1)
         self._cascade = hasattr(module, "num_cascade_stages")
 
+    @property
+    def pooled_size(self) -> Tuple[int, int]:
+        """Height and width of a pooled region."""
+        return self.module.box_pooler.output_size
+
+    @property
+    def coarsest_stride(self) -> int:
+        """Of the levels that regions are pooled from."""
+        return 2**self.module.box_pooler.max_level
+
     def head(self, stage: int) -> nn.Module:
         """The layers from pooled features to the hidden vector."""
         return self.module.box_head[stage] if self._cascade else self.module.box_head
