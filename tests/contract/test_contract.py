@@ -146,6 +146,20 @@ def test_same_seed_same_step(run):
         assert all(torch.equal(a.gradients[k], b.gradients[k]) for k in a.gradients)
 
 
+def test_a_new_process_goes_on_from_what_is_saved(run):
+    """Whatever a method remembers is in its state or in its random stream."""
+    run_steps(run.rewind(), count=1)
+    other = build_cell([run.cell])
+    other.load_state_dict(copy.deepcopy(run.model.state_dict()))
+    for name, stream in run.model.random_streams().items():
+        other.random_streams()[name].load_state_dict(stream.state_dict())
+    if hasattr(run.model.student, "loss_normalizer"):
+        other.student.loss_normalizer = run.model.student.loss_normalizer
+    (expected,), (found,) = run_steps(run.model, count=1), run_steps(other, count=1)
+    assert all(torch.equal(found.losses[k], v) for k, v in expected.losses.items())
+    assert all(torch.equal(found.gradients[k], v) for k, v in expected.gradients.items())
+
+
 def test_looking_at_gradients_does_not_change_a_step(run, monkeypatch):
     model = run.rewind()
     monkeypatch.setattr(model, "balance_period", 1)
