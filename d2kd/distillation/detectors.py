@@ -1,12 +1,14 @@
 """Detectors from their configs: the student, and the teacher before its weights are read."""
 
-from typing import NamedTuple, Sequence
+import contextlib
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from d2kd.checkpoint.downloads import is_address
 from d2kd.checkpoint.weights import reading
@@ -38,8 +40,25 @@ def build_detector(cfg: CfgNode, source: str = "the student's config") -> nn.Mod
             what the config describes.
     """
     device = _device(cfg)
-    detector = _build_architecture(cfg, source)
+    detector = build_architecture(cfg, source)
     return detector.to(device)
+
+
+class _ConstantsOnCPU(TorchFunctionMode):
+    """Numbers that a constructor is given, anchors for instance, are there on a CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.linspace):
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """What is built inside has parameters without numbers, which takes neither time nor memory."""
+    with torch.device("meta"), _ConstantsOnCPU():
+        yield
 
 
 def _device(cfg: CfgNode) -> torch.device:
@@ -59,7 +78,8 @@ def _device(cfg: CfgNode) -> torch.device:
     return device
 
 
-def _build_architecture(cfg: CfgNode, source: str) -> nn.Module:
+def build_architecture(cfg: CfgNode, source: str) -> nn.Module:
+    """:func:`build_detector` wherever new tensors go."""
     if is_lazy(cfg):
         return _instantiated(lazy_config(cfg).model, source)
     name = cfg.MODEL.META_ARCHITECTURE
@@ -100,7 +120,7 @@ def build_teacher_detector(cfg: CfgNode) -> TeacherSource:
         return _lazy_teacher(path, node.OPTS, weights)
     teacher_cfg = read_config(path, node.OPTS, "DISTILL.TEACHER.OPTS")
     teacher_cfg.MODEL.TIMM.PRETRAINED = False  # its checkpoint fills everything
-    detector = _build_architecture(teacher_cfg, path)
+    detector = build_architecture(teacher_cfg, path)
     weights = weights or teacher_cfg.MODEL.WEIGHTS or shipped_weights(path)
     return TeacherSource(detector, teacher_cfg.INPUT.FORMAT, weights)
 

@@ -4,13 +4,13 @@ what training left."""
 import os
 from typing import List, NamedTuple, Sequence, Tuple
 
-import torch
 from detectron2.config import CfgNode
 
 from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
 from d2kd.data.classes import class_names_of, plain_name
-from d2kd.distillation import TeacherSource, build_detector, build_teacher_detector
+from d2kd.distillation import TeacherSource, build_teacher_detector
+from d2kd.distillation.detectors import build_architecture, shapes_alone
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
@@ -129,16 +129,16 @@ def build_on_meta(cfg: CfgNode, teacher_opts: Sequence = ()) -> TeacherSource:
     """
     cfg = cfg.clone()
     cfg.DISTILL.TEACHER.OPTS = [*cfg.DISTILL.TEACHER.OPTS, *teacher_opts]
-    with torch.device("meta"):
+    with shapes_alone():
         return build_teacher_detector(cfg)
 
 
 def student_family(cfg: CfgNode) -> Family:
     """The family of a student, of shapes alone."""
     cfg = cfg.clone()
-    cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = "meta", False
-    with torch.device("meta"):
-        return build_family(build_detector(cfg))
+    cfg.MODEL.TIMM.PRETRAINED = False
+    with shapes_alone():
+        return build_family(build_architecture(cfg, "the student's config"))
 
 
 def _teacher_names(cfg: CfgNode, teacher: Family, weights: str) -> Tuple[str, ...]:

@@ -78,6 +78,8 @@ def test_detectors_that_a_method_works_between():
     text = explain("LD")
     assert "\n  GFL        GFL\n" in text and "\n  RetinaNet  none\n" in text
     assert "\n  two-stage  of any kind\n" in explain("pkd")
+    # Scores of single anchors are compared, and FCOS and ATSS have other anchors
+    assert "\n  FCOS       FCOS, PaperFCOS\n" in explain("FRS")
 
 
 def test_what_is_said_of_a_recipe():
