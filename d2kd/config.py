@@ -105,7 +105,10 @@ RUN_KEYS = {
         1800, "Seconds that the processes of a run wait for one that does not answer", low=1
     ),
     "SKIP_BAD_IMAGES": Key(
-        0, "How many files a run may skip that are no image; more of them end it", low=0
+        0,
+        "How many files that are no image each process of a run may skip, counted anew after a "
+        "resume; more of them end it",
+        low=0,
     ),
     "KEEP_CHECKPOINTS": Key(
         0, "How many of the numbered checkpoints stay, the newest ones; 0 = all", low=0

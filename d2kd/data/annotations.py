@@ -8,10 +8,9 @@ import contextlib
 import functools
 import io
 from collections import Counter
-from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
-from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
 from d2kd.data.findings import ERROR, WARNING, Finding
@@ -60,7 +59,9 @@ def check_annotations(
     if any(finding.severity == ERROR for finding in lists):
         return lists
     images, annotations = data["images"], data.get("annotations", [])
-    broken_images = [*_images(images, path)]
+    # Where masks are evaluated, tensors of these sizes are made
+    integers = evaluated and bool(masks)
+    broken_images = [*_images(images, path, integers)]
     findings = [
         *lists,
         *broken_images,
@@ -71,7 +72,7 @@ def check_annotations(
     are_boxes = [_is_box(a.get("bbox")) for a in annotations]
     findings += [_no_box(a, path) for a, is_box in zip(annotations, are_boxes) if not is_box]
     if not any(finding.severity == ERROR for finding in broken_images):
-        findings += _run_lengths(images, annotations, path) if masks else ()
+        findings += _run_lengths(images, annotations, path, integers) if masks else ()
         with_box = [a for a, is_box in zip(annotations, are_boxes) if is_box]
         findings += _placement(_boxes(images, with_box), path)
     return findings
@@ -116,7 +117,7 @@ def _missing_lists(data: Any, path: str) -> Iterator[Finding]:
         yield Finding("no annotations", WARNING, path, text)
 
 
-def _images(images: Sequence[Any], path: str) -> Iterator[Finding]:
+def _images(images: Sequence[Any], path: str, integers: bool) -> Iterator[Finding]:
     """Of the entries of images, not of their files."""
     for position, image in enumerate(images):
         if "id" not in image:
@@ -133,8 +134,12 @@ def _images(images: Sequence[Any], path: str) -> Iterator[Finding]:
         if not isinstance(name, str) or not name:
             text = f"its 'file_name' is {name!r}, expected a path below the folder of the images"
             yield Finding("image without a file name", ERROR, path, text, image["id"])
-        if not all(type(side) is int and 0 < side < _MOST for side in sides):
+        if not all(_is_whole(side) and 0 < side < _MOST for side in sides):
             text = f"'width' and 'height' are {sides}, expected pixels"
+            yield Finding("image without a size", ERROR, path, text, image["id"])
+        elif integers and float in map(type, sides):
+            text = f"'width' and 'height' are {sides}, which the evaluation of masks needs without "
+            text += "a decimal point: write integers"
             yield Finding("image without a size", ERROR, path, text, image["id"])
     yield from _twice(images, path, "id", "images", "only one of them would be used")
     consequence = "it would be learned so many times"
@@ -168,9 +173,9 @@ def _ids(annotations: Sequence[Mapping[str, Any]], path: str, evaluated: bool) -
         if "id" not in annotation:
             text = f"number {position} of 'annotations' has no 'id': give each its own number"
             yield Finding("annotation without an id", ERROR, path, text, image)
-        elif evaluated and not _is_id(annotation["id"]):
+        elif evaluated and not (_is_id(annotation["id"]) and type(annotation["id"]) is int):
             text = f"number {position} of 'annotations' has the 'id' {annotation['id']!r:.40}"
-            text += ", which COCO's evaluation cannot count: give each its own number"
+            text += ", which COCO's evaluation cannot count: give each its own integer"
             yield Finding("id of an annotation that is no number", ERROR, path, text, image)
         elif evaluated and annotation["id"] == 0:
             text = "has the 'id' 0, by which COCO's evaluation means none: what is found of it "
@@ -218,10 +223,14 @@ def _needed(
                 text = f"has no '{key}', which COCO's evaluation needs"
                 yield _of(f"annotation without {key}", ERROR, path, text, a)
     for a in annotations:
-        if masks and not a.get("segmentation"):
+        mask = a.get("segmentation")
+        if masks and mask is not None and not isinstance(mask, (list, dict)):
+            text = f"'segmentation' is a {type(mask).__name__}, expected polygons or run lengths"
+            yield _of("mask that is none", ERROR, path, text, a)
+        elif masks and not mask:
             text = "has no 'segmentation', which MODEL.MASK_ON needs"
             yield _of("annotation without segmentation", ERROR, path, text, a)
-        elif masks == "polygon" and isinstance(a["segmentation"], dict) and not a.get("iscrowd"):
+        elif masks == "polygon" and isinstance(mask, dict) and not a.get("iscrowd"):
             text = "'segmentation' is in run lengths: set INPUT.MASK_FORMAT to bitmask"
             yield _of("mask in run lengths", ERROR, path, text, a)
         area = a.get("area", 0)
@@ -237,40 +246,52 @@ def _needed(
 
 
 def _run_lengths(
-    images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], path: str
+    images: Sequence[Mapping[str, Any]],
+    annotations: Sequence[Mapping[str, Any]],
+    path: str,
+    integers: bool,
 ) -> Iterator[Finding]:
     """Masks as run lengths: decoded, they have the size that they say."""
     sizes = {image["id"]: [image["height"], image["width"]] for image in images}
     for a in annotations:
         mask, size = a.get("segmentation"), sizes.get(a.get("image_id"))
-        if isinstance(mask, dict) and size and not _is_mask(mask, size):
+        if isinstance(mask, dict) and size and not _is_mask(mask, size, integers):
             text = f"'segmentation' is {mask!r:.60}, expected 'counts' and the 'size' {size}"
+            text += ", in integers" * integers
             yield _of("mask that is none", ERROR, path, text, a)
 
 
-def _is_mask(mask: Mapping[str, Any], size: List[int]) -> bool:
+def _is_mask(mask: Mapping[str, Any], size: List[int], integers: bool) -> bool:
     """Whether it is run lengths of a mask (H, W) of a size."""
     counts = mask.get("counts")
-    if isinstance(counts, list):
-        lengths = [x for x in counts if type(x) is int and x >= 0]
-        if len(lengths) < len(counts) or sum(lengths) != size[0] * size[1]:
-            return False
-    return mask.get("size") == size and isinstance(counts, (str, list))
+    lengths = counts if isinstance(counts, list) else []
+    if not all(_is_whole(x) and x >= 0 for x in lengths):
+        return False
+    if mask.get("size") != size or (integers and float in map(type, [*mask["size"], *lengths])):
+        return False
+    # pycocotools encodes to bytes, which are text in a JSON
+    return sum(lengths) == size[0] * size[1] if lengths else isinstance(counts, (str, bytes))
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number: pandas writes 1280.0 for 1280."""
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def _is_id(value: Any) -> bool:
     """Whether it is a whole number that an array can hold."""
-    return type(value) is int and -_LARGEST_ID <= value < _LARGEST_ID
+    return _is_whole(value) and -_LARGEST_ID <= value < _LARGEST_ID
 
 
 def _is_box(box: Any) -> bool:
     """Whether it is four finite numbers."""
-    if not _is_four_numbers(box):
+    if not is_four_numbers(box):
         return False
     return all(-_MOST < value < _MOST for value in box)
 
 
-def _is_four_numbers(box: Any) -> bool:
+def is_four_numbers(box: Any) -> bool:
+    """Whether it is that, finite or not."""
     return isinstance(box, (list, tuple)) and len(box) == 4 and _NUMBERS.issuperset(map(type, box))
 
 
@@ -279,7 +300,7 @@ def _no_box(a: Mapping[str, Any], path: str) -> Finding:
     if "bbox" not in a:
         return _of("box missing", ERROR, path, f"has no 'bbox', {expected}", a)
     box = a["bbox"]
-    kind = "box that is not finite" if _is_four_numbers(box) else "box that is not four numbers"
+    kind = "box that is not finite" if is_four_numbers(box) else "box that is not four numbers"
     return _of(kind, ERROR, path, f"'bbox' is {box!r:.80}, {expected}", a)
 
 
@@ -344,27 +365,3 @@ def _whole(kind: str, path: str, boxes: _Boxes, which: np.ndarray, remedy: str) 
 
 def _of(kind: str, severity: str, path: str, text: str, a: Mapping[str, Any]) -> Finding:
     return Finding(kind, severity, path, text, a.get("image_id"), a.get("id"))
-
-
-def as_annotations(dicts: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Mapping[str, Any]:
-    """Dicts in Detectron2's format as the content of a file in COCO's. What is no box stays so.
-
-    Args:
-        dicts: of a registered data set.
-        classes: its class names.
-    """
-    images: List[Mapping[str, Any]] = []
-    annotations: List[Mapping[str, Any]] = []
-    for d in dicts:
-        id = d.get("image_id", d.get("file_name"))
-        images.append({**{k: d[k] for k in ("file_name", "width", "height") if k in d}, "id": id})
-        for a in d.get("annotations", ()):
-            box = a.get("bbox")
-            if _is_four_numbers(box) and "bbox_mode" in a:
-                box = BoxMode.convert(list(box), a["bbox_mode"], BoxMode.XYWH_ABS)
-            placed = {"id": len(annotations), "image_id": id}
-            annotations.append({**a, **({"bbox": box} if "bbox" in a else {}), **placed})
-    numbers = {a.get("category_id") for a in annotations}
-    known: List[Tuple[int, str]] = list(enumerate(classes)) or [(n, str(n)) for n in numbers]
-    categories = [{"id": number, "name": name} for number, name in known]
-    return {"images": images, "annotations": annotations, "categories": categories}

@@ -89,17 +89,23 @@ def masks_needed(cfg, evaluated: bool) -> str:
 
 
 def _check_quickly(
-    dicts: List[dict], names: Sequence[str], key: str, masks: str, skipped: int = 0
+    dicts: List[dict],
+    names: Sequence[str],
+    key: str,
+    masks: str,
+    skipped: int = 0,
+    evaluated: bool = False,
 ) -> None:
     """
     Args:
         masks: from :func:`masks_needed`.
         skipped: how many images may be bad.
+        evaluated: the sets are evaluated with.
     """
     if not all(map(has_annotation_file, names)):
         # Several sets may have the same numbers for their images
         numbered = dicts if len(names) == 1 else [{**d, "image_id": i} for i, d in enumerate(dicts)]
-        refuse_errors(findings_in_dicts(numbered, names[0], masks), key)
+        refuse_errors(findings_in_dicts(numbered, names[0], evaluated, masks), key)
     bad = quick_look(dicts)
     if len(bad) > skipped:
         refuse_errors(bad, key)
@@ -155,7 +161,8 @@ def check_evaluation(
         _check_inside(dicts, [name], "DATASETS.TEST")
         if training:
             _check_same_classes(cfg.DATASETS.TRAIN[0], name)
-        _check_quickly(dicts, [name], "DATASETS.TEST", masks_needed(cfg, evaluated=True))
+        masks = masks_needed(cfg, evaluated=True)
+        _check_quickly(dicts, [name], "DATASETS.TEST", masks, evaluated=True)
 
 
 def _check_same_classes(train: str, test: str) -> None:

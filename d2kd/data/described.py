@@ -7,20 +7,19 @@ again.
 """
 
 import functools
-import glob
 import hashlib
 import json
 import logging
 import os
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
-from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, load_voc_instances
+from detectron2.data.datasets import load_coco_json
 
 from d2kd.data.images import refuse_outside
 from d2kd.data.sets import no_json
+from d2kd.data.voc import load_voc, open_voc, split_file
 from d2kd.data.yolo import load_yolo, open_split
 from d2kd.errors import UserError
 
@@ -118,7 +117,7 @@ def _describe_coco(key: str, json: str, images: str) -> Dict[str, Any]:
 
 def _describe_voc(key: str, voc: str, split: str) -> Dict[str, Any]:
     folder = os.path.abspath(os.path.expanduser(voc))
-    names = os.path.join(folder, "ImageSets", "Main", f"{split}.txt")
+    names = split_file(folder, split)
     annotations = os.path.join(folder, "Annotations")
     for path, is_there in ((names, os.path.isfile), (annotations, os.path.isdir)):
         if not is_there(path):
@@ -126,7 +125,7 @@ def _describe_voc(key: str, voc: str, split: str) -> Dict[str, Any]:
                 f"{key}: {path} does not exist: give a folder laid out as Pascal VOC's, with "
                 "Annotations, ImageSets/Main and JPEGImages"
             )
-    found = _read_voc(names, annotations, os.stat(names).st_mtime_ns)
+    found = open_voc(names, annotations, os.stat(names).st_mtime_ns)
     name = f"{os.path.basename(folder)}_{split}_{found.digest[:8]}"
     return {"name": name, "voc": folder, "split": split, "classes": list(found.classes)}
 
@@ -174,51 +173,6 @@ def _read(path: str, mtime: int, size: int) -> _Annotations:
     return _Annotations(hashlib.sha256(content).hexdigest(), classes)
 
 
-@functools.lru_cache(maxsize=16)
-def _read_voc(names: str, annotations: str, mtime: int) -> _Annotations:
-    """The classes are those of all splits, so that training and validation number them alike."""
-    digest, classes = hashlib.sha256(), set()
-    paths = [names, *sorted(glob.glob(os.path.join(glob.escape(annotations), "*.xml")))]
-    for path in paths:
-        with open(path, "rb") as f:
-            content = f.read()
-        digest.update(content)
-        if path == names:
-            continue
-        try:
-            root = ElementTree.fromstring(content)
-            classes.update(obj.findtext("name") or "" for obj in root.findall("object"))
-        except (ElementTree.ParseError, ValueError, LookupError) as error:
-            raise UserError(
-                f"{path} is not valid XML ({error}): was it copied completely?"
-            ) from error
-        if "" in classes:
-            raise UserError(f"{path} has an object without a name: name its class")
-        _check_numbers(root, path)
-    if not classes:
-        raise UserError(f"{annotations} names no class: give an XML with objects per image")
-    return _Annotations(digest.hexdigest(), tuple(sorted(classes)))
-
-
-def _check_numbers(root: ElementTree.Element, path: str) -> None:
-    """
-    Raises:
-        UserError: for an XML without the size of its image, or with a corner that is no number.
-    """
-    places = [f"size/{side}" for side in ("width", "height")]
-    numbers = {place: root.findtext(place) for place in places}
-    for obj in root.findall("object"):
-        for corner in ("xmin", "ymin", "xmax", "ymax"):
-            numbers[f"bndbox/{corner} of '{obj.findtext('name')}'"] = obj.findtext(
-                f"bndbox/{corner}"
-            )
-    for place, text in numbers.items():
-        try:
-            float(text or "")
-        except ValueError:
-            raise UserError(f"{path}: {place} is {text!r}, expected pixels") from None
-
-
 def _register(name: str, classes: List[str], **files: str) -> None:
     if name in DatasetCatalog:
         if MetadataCatalog.get(name).get("files") == files:
@@ -229,7 +183,7 @@ def _register(name: str, classes: List[str], **files: str) -> None:
         load = functools.partial(load_yolo, files["yolo"], files["split"])
         places = {}
     elif "voc" in files:
-        load = functools.partial(load_voc_instances, files["voc"], files["split"], classes)
+        load = functools.partial(load_voc, files["voc"], files["split"], classes)
         places = {"image_root": os.path.join(files["voc"], "JPEGImages")}
     else:
         load = functools.partial(_load_coco, files["json"], files["images"], name)

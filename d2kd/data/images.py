@@ -19,6 +19,9 @@ _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 
+# Of the files that are looked for in a folder of images
+ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
 # Width over height, or height over width, from which resizing may leave nothing of an image
 _STRIP = 50
 A_STRIP = "image that is a strip"

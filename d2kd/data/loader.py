@@ -86,8 +86,8 @@ class ResumableLoader:
             aspect_ratio_grouping: whether a batch holds only wide or only other images.
             num_workers: processes that load data; 0 loads in this one.
             seed: of the augmentations; negative leaves all random states alone.
-            skip_bad_images: how many files may be no image; the next one of their orientation is
-                taken in their place.
+            skip_bad_images: how many files that are no image this process may skip, each counted
+                once; the next one of their orientation is taken in their place.
 
         Raises:
             UserError: the batch cannot be shared equally by the ranks.
@@ -98,7 +98,10 @@ class ResumableLoader:
         self.dataset = _SeededDataset(dataset, mapper, seed, skip_bad_images > 0)
         self._skip_bad_images = skip_bad_images
         self._bad_images: Dict[str, str] = {}
-        self._wide = [d["width"] > d["height"] for d in dataset] if aspect_ratio_grouping else None
+        grouped = dataset if aspect_ratio_grouping else []
+        # Sizes may be NumPy's, whose comparison gives no bool: replaying indexes by these
+        wide = [bool(d["width"] > d["height"]) for d in grouped]
+        self._wide = wide if aspect_ratio_grouping else None
         self._order = delivery_order(num_workers, self.batch_size, aspect_ratio_grouping)
         self._options = {
             "total_batch_size": total_batch_size,
@@ -133,7 +136,7 @@ class ResumableLoader:
     def _checked(self, batch: List[dict]) -> List[dict]:
         """
         Raises:
-            UserError: if it needed more files that are no image than the run may skip.
+            UserError: if it needed more files that are no image than this process may skip.
         """
         for sample in batch:
             for path, problem in sample.pop(BAD_IMAGES, ()):
@@ -148,7 +151,7 @@ class ResumableLoader:
             skipped = f", after {limit} others" if limit else ""
             raise UserError(
                 f"image {path} cannot be read ({problem}){skipped}: repair it, or set "
-                f"RUN.SKIP_BAD_IMAGES to the number of files that may be skipped (it is {limit})"
+                f"RUN.SKIP_BAD_IMAGES to how many files a process may skip (it is {limit})"
             )
         logger.warning(f"Skipped image {path} ({problem}): {count} of at most {limit}")
 

@@ -8,8 +8,9 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Seq
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from d2kd.data.annotations import as_annotations, check_annotations
+from d2kd.data.annotations import check_annotations
 from d2kd.data.classes import class_names_of
+from d2kd.data.dicts import check_dicts
 from d2kd.data.findings import ERROR, Finding, by_kind, count
 from d2kd.data.images import check_image
 from d2kd.errors import UserError
@@ -31,7 +32,10 @@ LOADING_ERRORS = (
 MAX_ERROR_LENGTH = 200  # characters of somebody else's message that are passed on
 # Images that are opened before a run starts: enough to notice what all of them have
 _SAMPLE = 8
-_NOT_IN_FOLDER = "does not exist: is its 'file_name' relative to the folder of the images?"
+_NOT_IN_FOLDER = (
+    "does not exist: is its 'file_name' relative to the folder of the images? (In VOC's layout the "
+    "split names images, without their ending)"
+)
 
 
 def _not_there() -> str:
@@ -96,16 +100,21 @@ def findings_in_file(name: str, evaluated: bool, masks: str) -> List[Finding]:
     return check_annotations(data, path, evaluated, masks)
 
 
-def findings_in_dicts(dicts: Sequence[Mapping[str, Any]], name: str, masks: str) -> List[Finding]:
+def findings_in_dicts(
+    dicts: Sequence[Mapping[str, Any]], name: str, evaluated: bool, masks: str
+) -> List[Finding]:
     """What is wrong in the annotations of a set that is registered without a file.
 
     Args:
         dicts: in Detectron2's format.
         name: of the set.
+        evaluated: it is evaluated with.
         masks: what :func:`~d2kd.data.annotations.check_annotations` takes.
     """
-    classes = MetadataCatalog.get(name).get("thing_classes", ())
-    return check_annotations(as_annotations(dicts, classes), name, masks=masks)
+    metadata = MetadataCatalog.get(name)
+    written = evaluated and metadata.get("evaluator_type") == "coco"
+    classes = metadata.get("thing_classes", ())
+    return check_dicts(dicts, classes, name, evaluated, masks, written=written)
 
 
 class DatasetContent(NamedTuple):
@@ -141,7 +150,7 @@ def look_into(name: str, evaluated: bool, masks: str) -> DatasetContent:
         # Why it cannot be loaded is said there with more detail.
         findings = in_file if count(in_file, ERROR) else [*findings, *in_file]
     else:
-        findings += findings_in_dicts(dicts, name, masks) if dicts else []
+        findings += findings_in_dicts(dicts, name, evaluated, masks) if dicts else []
     boxes = sum(len(d.get("annotations", ())) for d in dicts) if dicts else None
     images = dicts or _images_of_file(name)
     return DatasetContent(images, boxes, len(class_names_of([name])), findings)

@@ -4,18 +4,20 @@ file of boxes per image, which globox reads."""
 import glob
 import hashlib
 import os
-from typing import Any, Dict, List, NamedTuple, Tuple
+import re
+from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 import yaml
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from d2kd.data.images import ENDINGS
 from d2kd.errors import UserError
 from d2kd.safe_yaml import plain_yaml
 
-_IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ORIENTATION = 0x0112  # the EXIF tag
 _ON_THEIR_SIDE = (5, 6, 7, 8)  # its values that swap width and height
+_TEXT = "utf-8-sig"  # UTF-8, with a byte-order mark or without, as editors of Windows write it
 
 
 class YoloSplit(NamedTuple):
@@ -47,7 +49,7 @@ def open_split(path: str, split: str) -> YoloSplit:
     classes = _classes(content.get("names"), path)
     root = os.path.join(os.path.dirname(path), str(content.get("path") or ""))
     places = content[split] if isinstance(content[split], list) else [content[split]]
-    images = tuple(x for place in places for x in _images(os.path.join(root, str(place)), path))
+    images = tuple(x for place in places for x in _images(_place(root, str(place)), path))
     digest = hashlib.sha256(text)
     for image in images:
         digest.update(os.path.basename(image).encode())
@@ -70,22 +72,34 @@ def load_yolo(path: str, split: str) -> List[Dict[str, Any]]:
 
 
 def _classes(names: Any, path: str) -> Tuple[str, ...]:
-    if isinstance(names, dict):
-        names = [names.get(i) for i in range(len(names))]
-    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
+    classes = _in_order(names) if isinstance(names, dict) else names
+    if not isinstance(classes, list) or not classes or not all(isinstance(x, str) for x in classes):
         raise UserError(f"{path}: 'names' is {names!r:.60}: give the classes in order, from 0")
-    return tuple(names)
+    return tuple(classes)
+
+
+def _in_order(names: Mapping[Any, Any]) -> List[Any]:
+    """By their numbers, which may be in quotes; None where one is missing."""
+    numbered = {int(k) if isinstance(k, str) and k.isdecimal() else k: names[k] for k in names}
+    return [numbered.get(i) for i in range(len(names))]
+
+
+def _place(root: str, place: str) -> str:
+    """Where the images of a split are. Roboflow writes ``../train/images`` for a folder beside the
+    YAML: what is not there is looked for without ``../``, as YOLO's own training does."""
+    given, beside = (os.path.join(root, p) for p in (place, re.sub(r"^(\.\./)+", "", place)))
+    return beside if os.path.exists(beside) and not os.path.exists(given) else given
 
 
 def _images(place: str, path: str) -> List[str]:
     if os.path.isdir(place):
         found = glob.glob(os.path.join(glob.escape(place), "**", "*"), recursive=True)
-        images = sorted(x for x in found if x.lower().endswith(_IMAGES))
+        images = sorted(x for x in found if x.lower().endswith(ENDINGS))
         if not images:
-            raise UserError(f"{path} names {place}, which holds no image ({', '.join(_IMAGES)})")
+            raise UserError(f"{path} names {place}, which holds no image ({', '.join(ENDINGS)})")
         return images
     if os.path.isfile(place):
-        with open(place, errors="replace") as f:
+        with open(place, encoding=_TEXT, errors="replace") as f:
             lines = [line.strip() for line in f]
         return [os.path.join(os.path.dirname(place), line) for line in lines if line]
     raise UserError(f"{path} names {place}, which does not exist: give a folder of images")
@@ -124,19 +138,20 @@ def _size(image: str) -> Tuple[int, int]:
 
 def _boxes(label: str, size: Tuple[int, int], num_classes: int) -> List[Dict[str, Any]]:
     try:
-        from globox import Annotation
+        from globox import BoundingBox
         from globox.errors import ParsingError
     except ImportError as error:
         raise UserError("YOLO's layout is read by globox: pip install 'd2kd[yolo]'") from error
     try:
-        found = Annotation.from_yolo_v5(label, image_size=size).boxes
-    except (ParsingError, ValueError, AssertionError) as error:
+        with open(label, encoding=_TEXT) as f:
+            found = [BoundingBox.from_yolo_v5(x, image_size=size) for x in f if x.strip()]
+    except (OSError, ParsingError, ValueError, AssertionError) as error:
         raise UserError(
             f"{label} cannot be read ({error}): expected 'class x y width height' per line, the "
             "class by its number, the box relative to the image"
         ) from error
     for box in found:
-        if not (box.label.isdigit() and int(box.label) < num_classes):
+        if not (box.label.isdecimal() and int(box.label) < num_classes):
             raise UserError(
                 f"{label} has the class '{box.label}', expected a number below {num_classes}, the "
                 "number of 'names'"

@@ -109,6 +109,10 @@ IN_JSON = {
     "iscrowd missing": (without("annotations", 3, "iscrowd"), "annotation 21 .*no 'iscrowd'"),
     "annotation id missing": (without("annotations", 3, "id"), "number 3 of 'annotations'"),
     "annotation id of another kind": (at("annotations", 3, "id", value="x7"), "'id' 'x7'"),
+    "annotation id with a decimal point": (
+        at("annotations", 3, "id", value=21.0),
+        "'id' 21.0.*its own integer",
+    ),
     "annotation id 0": (at("annotations", 0, "id", value=0), "'id' 0, by which COCO"),
     "image id NaN": (at("images", 1, "id", value=float("nan")), "number 1 of 'images' .*nan"),
     "annotation id NaN": (at("annotations", 3, "id", value=float("nan")), "'id' nan"),
@@ -120,6 +124,8 @@ IN_JSON = {
     "area of 400 digits": (at("annotations", 3, "area", value=10**400), "annotation 21 .*'area'"),
     "width of 400 digits": (at("images", 1, "width", value=10**400), "image 2: 'width' and"),
     "file name missing": (without("images", 1, "file_name"), "image 2: its 'file_name'"),
+    "width of half a pixel": (at("images", 1, "width", value=40.5), r"image 2: .*\[40.5, 30\]"),
+    "width NaN": (at("images", 1, "width", value=float("nan")), r"image 2: .*\[nan, 30\]"),
     "width missing": (without("images", 1, "width"), r"image 2: .*\[None, 30\]"),
     "image id missing": (without("images", 1, "id"), "number 1 of 'images'"),
     "class without boxes": (

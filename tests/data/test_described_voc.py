@@ -4,12 +4,14 @@ import argparse
 
 import pytest
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import load_voc_instances
 from PIL import Image
 
 from d2kd.check.evaluations import ap_of_annotations
 from d2kd.cli.arguments import add_data, add_overrides, overrides_of
 from d2kd.config import read_config
 from d2kd.data.check import check_evaluation, load_training_dicts
+from d2kd.data.voc import load_voc
 from d2kd.errors import UserError
 
 FCOS = "shapes/baselines/fcos_tiny.yaml"
@@ -82,6 +84,90 @@ def test_faults_are_told(folder, name, content, words):
         path.write_text(content)
     with pytest.raises(UserError, match=words):
         read(folder)
+
+
+def test_ordinary_folders_are_read_as_detectron2_reads_them(folder):
+    (folder / "Annotations" / "1.xml").write_text(
+        "<?xml version='1.0' encoding='utf-8'?>"
+        + XML.format(name="cat").replace("</annotation>", "")
+        + "<object><name>dog</name><difficult>1</difficult><bndbox><ymax>9.5</ymax><xmin>1</xmin>"
+        "<ymin>1</ymin><xmax>40</xmax></bndbox><part><name>head</name></part></object></annotation>"
+    )
+    expected = load_voc_instances(str(folder), "train", ["ant", "cat", "dog"])
+    assert [len(d["annotations"]) for d in expected] == [1, 2]
+    assert load_voc(str(folder), "train", ["ant", "cat", "dog"]) == expected
+
+
+def rename(folder, name, ending):
+    """Gives the first image another name."""
+    (folder / "Annotations" / "0.xml").rename(folder / "Annotations" / f"{name}.xml")
+    (folder / "JPEGImages" / "0.jpg").unlink()
+    Image.new("RGB", (40, 30)).save(folder / "JPEGImages" / f"{name}{ending}")
+
+
+@pytest.mark.parametrize(
+    "name, ending, before, after",
+    [
+        ("0", ".jpg", "", ""),
+        ("0", ".jpg", "\ufeff", "\n\n"),
+        ("0", ".jpg", "\n", " \r\n"),
+        ("a b", ".jpg", "", "\n"),
+        ("a#b", ".jpg", "", "\n"),
+        ("#1 100%", ".jpg", "", "\n"),
+        ("café", ".jpg", "", "\n"),
+        ("0", ".png", "", "\n"),
+        ("0", ".JPG", "", "\n"),
+    ],
+)
+def test_names_and_endings_of_images(folder, name, ending, before, after):
+    rename(folder, name, ending)
+    (folder / "ImageSets" / "Main" / "train.txt").write_text(f"{before}{name}{after}", "utf-8")
+    [d] = load_training_dicts(read(folder))
+    assert d["file_name"] == str(folder / "JPEGImages" / f"{name}{ending}")
+    assert d["image_id"] == name and len(d["annotations"]) == 1
+
+
+def test_an_image_that_is_not_there_is_told(folder):
+    (folder / "JPEGImages" / "0.jpg").unlink()
+    words = "JPEGImages/0.jpg: image 0: does not exist: .*VOC's layout"
+    with pytest.raises(UserError, match=words):
+        load_training_dicts(read(folder))
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("7", "train.txt names '7', but .*/7.xml does not exist"),
+        ("0.jpg", "train.txt names '0.jpg', but .*: give one name per line, without"),
+        ("1 -1", "train.txt names '1 -1', but .*: give one name per line"),
+        ("../Annotations/1", "train.txt: image '.*' is outside of the image folder"),
+    ],
+)
+def test_a_split_that_names_what_is_not_there(folder, line, words):
+    (folder / "ImageSets" / "Main" / "train.txt").write_text(f"0\n{line}\n")
+    with pytest.raises(UserError, match=f"DATASETS.TRAIN: .*{words}") as error:
+        load_training_dicts(read(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_annotations_that_changed_since_the_run_began(folder):
+    cfg = read(folder)
+    path = folder / "Annotations" / "0.xml"
+    path.write_text(XML.format(name="cow"))
+    with pytest.raises(UserError, match="0.xml has the class 'cow', expected one of ant, cat, dog"):
+        load_training_dicts(cfg)
+    path.write_text("<annotation>")
+    with pytest.raises(UserError, match="0.xml is not valid XML"):
+        load_training_dicts(cfg)
+
+
+def test_sizes_with_a_decimal_point(folder):
+    path = folder / "Annotations" / "0.xml"
+    path.write_text(XML.format(name="cat").replace(">40<", ">40.0<"))
+    assert load_training_dicts(read(folder))[0]["width"] == 40
+    path.write_text(XML.format(name="cat").replace(">40<", ">40.5<"))
+    with pytest.raises(UserError, match="0.xml: size/width is '40.5', expected pixels"):
+        load_voc(str(folder), "train", ["ant", "cat", "dog"])
 
 
 def test_the_flags(folder):

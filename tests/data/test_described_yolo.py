@@ -81,6 +81,60 @@ def test_a_list_of_paths_and_a_root(data, tmp_path):
     assert open_split(str(path), "val").images == (str(tmp_path / "images" / "val" / "a.jpg"),)
 
 
+def test_folders_as_roboflow_names_them(data, tmp_path):
+    """Relative to the parent of the folder in which they are."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (folder / split).mkdir(exist_ok=True)
+            (tmp_path / kind / split).rename(folder / split / kind)
+    path = write(folder, train="../train/images", val=["../val/images"])
+    image, _ = load_yolo(str(path), "train")
+    assert image["file_name"] == str(folder / "train" / "images" / "a.jpg")
+    assert len(image["annotations"]) == 1 and len(open_split(str(path), "val").images) == 2
+    beside = folder.parent / "train" / "images"  # where it says, if it is there
+    beside.mkdir(parents=True)
+    Image.new("RGB", (40, 20)).save(beside / "c.jpg")
+    assert [x["file_name"][-5:] for x in load_yolo(str(path), "train")] == ["c.jpg"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 0.5 0.5 0.5 0.5\n\n",
+        "\n1 0.5 0.5 0.5 0.5\n \n0 0.1 0.1 0.1 0.1",
+        "\ufeff1 0.5 0.5 0.5 0.5\r\n",
+        "\ufeff\n1 0.5 0.5 0.5 0.5",
+    ],
+)
+def test_blank_lines_and_a_byte_order_mark(data, tmp_path, text):
+    (tmp_path / "labels" / "train" / "a.txt").write_text(text, "utf-8")
+    image, _ = load_yolo(str(data), "train")
+    assert image["annotations"][0]["category_id"] == 1
+    assert len(image["annotations"]) == text.count("0 0.1") + 1
+
+
+def test_a_label_file_of_blank_lines_has_no_objects(data, tmp_path):
+    (tmp_path / "labels" / "train" / "a.txt").write_text("\ufeff\n", "utf-8")
+    assert not load_yolo(str(data), "train")[0]["annotations"]
+
+
+def test_a_byte_order_mark_in_the_yaml_and_in_a_list_of_paths(data, tmp_path):
+    (tmp_path / "list.txt").write_text("\ufeffimages/val/a.jpg\n", "utf-8")
+    path = write(tmp_path, val="list.txt")
+    path.write_text("\ufeff" + path.read_text(), "utf-8")
+    assert [len(x["annotations"]) for x in load_yolo(str(path), "val")] == [1]
+
+
+def test_numbers_of_classes_in_quotes(data, tmp_path):
+    for names in ({"0": "cat", "1": "dog"}, {"1": "dog", "0": "cat"}, {0: "cat", "1": "dog"}):
+        assert open_split(str(write(tmp_path, names=names)), "val").classes == ("cat", "dog")
+    for names in ({"0": "cat", "2": "dog"}, {"²": "cat"}):
+        with pytest.raises(UserError, match="'names' is {.*: give the classes in order, from 0"):
+            open_split(str(write(tmp_path, names=names)), "val")
+
+
 def test_an_image_that_lies_on_its_side(data, tmp_path):
     turned = Image.new("RGB", (40, 20))
     exif = turned.getexif()
@@ -109,6 +163,7 @@ def test_what_is_wrong_with_the_yaml_is_told(data, tmp_path, changes, words):
     [
         ("2 0.5 0.5 0.5 0.5", "has the class '2', expected a number below 2"),
         ("cat 0.5 0.5 0.5 0.5", "has the class 'cat'"),
+        ("² 0.5 0.5 0.5 0.5", "has the class '²'"),
         ("1 0.5 0.5", "a.txt cannot be read"),
         ("1 a b c d", "a.txt cannot be read"),
         ("1 0.5 0.5 -0.2 0.5", "a.txt cannot be read"),

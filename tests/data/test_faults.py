@@ -10,6 +10,7 @@ from detectron2.structures import BoxMode
 from faults import DUBIOUS, IN_IMAGES, IN_JSON, NUMBER, SIZE, write_set
 from PIL import Image
 
+from d2kd.check.evaluations import ap_of_annotations
 from d2kd.config import default_config
 from d2kd.data.annotations import check_annotations
 from d2kd.data.check import check_annotation_files, check_evaluation, load_training_dicts
@@ -24,6 +25,7 @@ OF_EVALUATION = {
     "iscrowd missing",
     "annotation id of another kind",
     "annotation id NaN",
+    "annotation id with a decimal point",
     "annotation id 0",
 }
 
@@ -135,6 +137,46 @@ def test_masks_in_run_lengths_are_learned_as_bitmasks_alone():
             "categories": [{"id": 1, "name": "a"}],
         }
         assert [x.kind for x in check_annotations(data, "a.json", masks=masks)] == kinds
+
+
+WHOLE = {
+    "images": ("id", "width", "height"),
+    "categories": ("id",),
+    "annotations": ("image_id", "category_id", "iscrowd"),
+}
+
+
+def as_floats(data):
+    """As pandas writes whole numbers of a table in which some are missing."""
+    for key, names in WHOLE.items():
+        for entry in data[key]:
+            entry.update({name: float(entry[name]) for name in names})
+
+
+def test_whole_numbers_with_a_decimal_point_are_trained_and_evaluated(sets, tmp_path, caplog):
+    cfg = sets("TEST", change=as_floats)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST
+    cfg.OUTPUT_DIR = str(tmp_path / "run")
+    with caplog.at_level(logging.WARNING, logger="d2kd"):
+        start(cfg)
+    assert not caplog.records and found("faults_TEST", True) == []
+    assert ap_of_annotations(cfg, "faults_TEST") == pytest.approx(100)
+
+
+def test_where_masks_are_evaluated_sizes_of_images_are_integers(sets):
+    def change(data):
+        as_floats(data)
+        for a in data["annotations"]:
+            a["segmentation"] = [[2, 3, 12, 3, 12, 15]]
+
+    cfg = sets("TEST", change=change)
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(
+        UserError, match=r"image 1.0: .*\[40.0, 30.0\], which the evaluation of masks"
+    ):
+        check_annotation_files(cfg, training=False)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = cfg.DATASETS.TEST, ()
+    check_annotation_files(cfg)
 
 
 def test_bad_images_that_may_be_skipped_do_not_stop_training(sets):

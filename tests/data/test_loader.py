@@ -96,6 +96,16 @@ def test_the_order_is_that_of_plain_detectron2_from_any_start(workers, grouping,
         assert [names(b) for b in found] == expected[start:]
 
 
+def test_a_run_resumes_on_sizes_of_numpy_and_with_a_decimal_point():
+    dicts = DatasetCatalog.get("small_train")
+    expected = batches(build(config(), mapper=Light(), dataset=dicts), 12)
+    for kind in (np.int64, float):
+        sides = [{side: kind(d[side]) for side in ("width", "height")} for d in dicts]
+        dataset = [{**d, **s} for d, s in zip(dicts, sides)]
+        resumed = batches(build(config(), mapper=Light(), dataset=dataset), 5, start=7)
+        assert [names(b) for b in resumed] == [names(b) for b in expected[7:]]
+
+
 def test_groups_hold_one_orientation():
     seen = set()
     for batch in batches(build(config()), 12):
