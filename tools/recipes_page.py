@@ -28,9 +28,14 @@ INTRODUCTION = """\
 
 Every recipe that comes with d2kd: which row of which table it is, what teaches, which baseline it
 has to be compared with, and what the paper reports. AP, gains, and the AP of teachers and baselines
-are other people's: box AP on COCO val2017, AP50 on VOC 2007.{nothing}
+are other people's: box AP on COCO val2017, AP50 on VOC 2007.
+**No recipe on COCO or VOC has been run here, nor timed on a GPU.** `d2kd check` tells memory and
+hours on the machine at hand; what a method adds to a step, in time and memory on a CPU, is in
+[speed.md](speed.md).
 
-Start with a row that its authors report without a doubt about its settings: {sure}.
+Start with a row that its authors report without a doubt about its settings:
+
+{sure}
 
 - **Teacher**: its config, and its published AP; in brackets what the source of the row says, where
   that differs. Weights are *MMDetection's* or those of *Detectron2's* model zoo, downloaded at the
@@ -43,13 +48,7 @@ Start with a row that its authors report without a doubt about its settings: {su
   table) were read; a *note* is somebody's reading note of the paper, which was not compared with
   the paper itself. Then what is not certain about the recipe. The header of each config says more.
 - **Iterations**: of 16 images, of the student; a teacher that is trained first comes on top.
-- **GPU**: memory per GPU, and hours.{unmeasured}
 """
-
-NOTHING_RUN = "\n**No recipe on COCO or VOC has been run here, nor timed on a GPU.**"
-NOTHING_MEASURED = """ Neither was measured, for want of a GPU and of the data; no
-  paper's hours are quoted in their place. `d2kd check` tells both on the machine at hand; what a
-  method adds to a step, in time and memory on a CPU, is in [speed.md](speed.md)."""
 
 BEFORE = """\
 ## Running a row
@@ -161,7 +160,6 @@ def recipe_row(data: Dict, recipe: str) -> List[str]:
     entry, baseline = data["recipes"][recipe], baseline_of(recipe)
     variant = trained_variant(recipe)
     source = ", unsure: ".join(str(entry[x]) for x in ("source", "doubt") if entry.get(x))
-    run = [f"{entry[x]} {unit}" for x, unit in (("memory", "GB"), ("hours", "h")) if entry.get(x)]
     own = published(baseline)
     plain = entry.get("plain", own)
     return [
@@ -173,8 +171,6 @@ def recipe_row(data: Dict, recipe: str) -> List[str]:
         reported(entry.get("ap"), plain),
         source,
         f"{iterations_of(recipe):,}".replace(",", " "),
-        ", ".join(run) or "not measured",
-        entry.get("status", "not run"),
     ]
 
 
@@ -183,7 +179,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-HEAD = ("recipe", "row", "teacher", "baseline", "reported", "source", "iterations", "GPU", "status")
+HEAD = ("recipe", "row", "teacher", "baseline", "reported", "source", "iterations")
 
 
 def table_of(data: Dict, name: str) -> str:
@@ -246,6 +242,10 @@ def embedded() -> str:
     return EMBEDDED + "\n" + markdown(("recipe", "teacher", "baseline"), rows)
 
 
+def sure_list(data: Dict) -> str:
+    return "\n".join(f"- {link(f'{name}.yaml', name)}" for name in sure_rows(data))
+
+
 def sure_rows(data: Dict) -> List[str]:
     """The recipes whose AP is the authors' own, and whose settings are certain."""
     return [
@@ -258,17 +258,9 @@ def sure_rows(data: Dict) -> List[str]:
 def page(data: Dict) -> str:
     """The whole page."""
     check(data)
-    entries = data["recipes"].values()
-    run, measured = (
-        any(keys & set(e) for e in entries) for keys in ({"status"}, {"memory", "hours"})
-    )
     example = f"{data['methods']['frs']['commands']}.yaml"
     sections = [
-        INTRODUCTION.format(
-            sure=", ".join(link(f"{name}.yaml", name) for name in sure_rows(data)),
-            nothing="" if run else NOTHING_RUN,
-            unmeasured="" if measured else NOTHING_MEASURED,
-        ).strip(),
+        INTRODUCTION.format(sure=sure_list(data)).strip(),
         *(method_section(data, folder) for folder in data["methods"]),
         BEFORE.format(example=example).strip(),
         *(commands(data, folder) for folder in data["methods"]),
