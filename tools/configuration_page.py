@@ -114,7 +114,7 @@ def section(title: str, keys: Keys, prefix: str) -> str:
 
 
 def term_section() -> str:
-    keys = dict(walk(term(0.0, "Of the term"), "<TERM>"))
+    keys = dict(walk(term(0.0, "Weight of the term in the sum of the losses"), "<TERM>"))
     weight, *others = (row(name, key) for name, key in keys.items())
     name, _, *rest = weight
     return f"{TERMS}\n" + table([(name, "by term", *rest), *others])

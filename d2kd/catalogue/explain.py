@@ -13,7 +13,7 @@ from d2kd.schema import get_value
 
 from .configs import Config, bases, configs
 from .keys import all_keys, defaults_by_student, what_it_may_be
-from .known_numbers import published, row
+from .known_numbers import metric_of, published, row
 from .methods import explain_method, methods
 
 _WIDTH = 96
@@ -55,7 +55,7 @@ def _explain_config(config: Config) -> str:
 
 def _with_ap(config: str) -> str:
     ap = published(config)
-    return f"{config}, {ap} AP published" if ap else config
+    return f"{config}, {ap} {metric_of(config)} published" if ap else config
 
 
 def _reported(config: Config) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _reported(config: Config) -> Iterator[str]:
     if entry.get("row"):
         yield f"row {entry['row']}"
     if entry.get("ap"):
-        yield f"reported {entry['ap']} AP, source: {entry['source']}"
+        yield f"reported {entry['ap']} {metric_of(config.name)}, source: {entry['source']}"
     if entry.get("doubt"):
         yield f"not certain: {entry['doubt']}"
 

@@ -23,6 +23,11 @@ def published(config: str) -> Optional[float]:
     return _data("recipes.yaml")["published"].get(config.replace("mmdet/", "baselines/"))
 
 
+def metric_of(config: str) -> str:
+    """What published numbers of a config or recipe are: AP on COCO, AP50 on VOC."""
+    return "AP50" if "voc" in os.path.basename(config) else "AP"
+
+
 def row(name: str) -> Dict[str, Any]:
     """What ``docs/recipes.yaml`` says of a recipe; a teacher that is trained first changes no
     number."""

@@ -1,7 +1,7 @@
 """Lists of methods, recipes and teachers."""
 
 import os
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 from tabulate import tabulate
 
@@ -9,7 +9,7 @@ from d2kd.errors import UserError, nearest
 from d2kd.model_zoo import shipped_weights, trained_weights, zoo_teachers
 
 from .configs import Config, configs, recipes
-from .known_numbers import published, row
+from .known_numbers import metric_of, published, row
 from .methods import methods
 
 _WIDEST = 70  # characters in a cell
@@ -52,7 +52,7 @@ def _recipes(method: str) -> List[List[str]]:
             config.name,
             ", ".join(config.methods),
             config.teacher.replace(".yaml", ""),
-            str(row(config.name).get("ap", "")),
+            _with_metric(row(config.name).get("ap"), config.name),
         ]
         for config in recipes()
         if not method or method in config.methods
@@ -63,9 +63,18 @@ def _teachers(method: str) -> List[List[str]]:
     """What can teach: detectors that are published, those to train first, and Detectron2's."""
     ours = [x for x in configs().values() if os.path.dirname(x.name) in _TEACHERS]
     taught_by = {x.teacher for x in recipes() if method in x.methods}
-    rows = [[x.name, str(published(x.file) or ""), _weights(x)] for x in ours if not x.methods]
-    zoo = [[x, str(published(f"{x}.yaml") or ""), "Detectron2's"] for x in zoo_teachers()]
+    rows = [
+        [x.name, _with_metric(published(x.file), x.name), _weights(x)]
+        for x in ours
+        if not x.methods
+    ]
+    zoo = [[x, _with_metric(published(f"{x}.yaml"), x), "Detectron2's"] for x in zoo_teachers()]
     return [r for r in (*rows, *zoo) if not method or f"{r[0]}.yaml" in taught_by]
+
+
+def _with_metric(number: Optional[float], config: str) -> str:
+    metric = metric_of(config)
+    return f"{number or ''}{f' ({metric})' if number and metric != 'AP' else ''}"
 
 
 def _weights(config: Config) -> str:

@@ -8,8 +8,8 @@ examples:
   d2kd check --config-file shapes/frs/fcos_tiny.yaml
   d2kd check --student COCO-Detection/retinanet_R_50_FPN_1x \\
       --teacher COCO-Detection/retinanet_R_101_FPN_3x
-  d2kd check --config-file my.yaml --train-json train.json --train-images photographs \\
-      --val-json val.json --val-images photographs
+  d2kd check --config-file my.yaml --train-json train.json --train-images images \\
+      --val-json val.json --val-images images
   d2kd check --config-file coco.yaml --no-images --num-gpus 8 --teacher-ap 38.5 --images 500
 """
 

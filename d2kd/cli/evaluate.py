@@ -2,7 +2,7 @@
 
 examples:
   d2kd eval output/shapes/frs/fcos_tiny
-  d2kd eval output/run --val-json val.json --val-images photographs
+  d2kd eval output/run --val-json val.json --val-images images
   d2kd eval --config-file shapes/baselines/fcos_tiny_teacher.yaml \\
       MODEL.WEIGHTS d2kd://fcos_tiny_teacher.pth
 """

@@ -7,7 +7,7 @@ examples:
   d2kd export output/run --format weights --output student.pth
 
 Cascade R-CNN goes into ONNX, not into TorchScript; keypoint detectors into bare weights alone.
-The program is compared with the student on photographs of several sizes before it is written.
+The program is compared with the student on images of several sizes before it is written.
 What it expects and returns stands in the file, see docs/export.md.
 """
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="photographs to compare on, files or folders (default: of the validation set)",
+        help="images to compare on, files or folders (default: of the validation set)",
     )
     parser.add_argument(
         "--device", default="cpu", help="on which a TorchScript program will run (default: cpu)"

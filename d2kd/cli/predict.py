@@ -1,7 +1,7 @@
 """Runs a trained student on images, draws what it finds and writes it as JSON.
 
 examples:
-  d2kd predict output/shapes/frs/fcos_tiny photographs
+  d2kd predict output/shapes/frs/fcos_tiny images
   d2kd predict output/run one.jpg 'more/*.png' --threshold 0.3 --output found
 
 The output folder has a picture per image, and predictions.json with the detections of all: file,

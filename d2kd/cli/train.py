@@ -6,8 +6,8 @@ are printed with the reason; the config that results is recipe.yaml in the run's
 examples:
   d2kd train --config-file shapes/frs/fcos_tiny.yaml
   d2kd train --config-file shapes/frs/fcos_tiny.yaml --resume
-  d2kd train --config-file my.yaml --train-json train.json --train-images photographs \\
-      --val-json val.json --val-images photographs SOLVER.MAX_ITER 1000
+  d2kd train --config-file my.yaml --train-json train.json --train-images images \\
+      --val-json val.json --val-images images SOLVER.MAX_ITER 1000
   d2kd train --student COCO-Detection/retinanet_R_50_FPN_1x \\
       --teacher COCO-Detection/retinanet_R_101_FPN_3x --method CrossKD
 """

@@ -26,7 +26,7 @@ from d2kd.errors import UserError
 _logger = logging.getLogger(__name__)
 
 _EXAMPLE = (
-    "{json: instances_train.json, images: photographs}, {voc: folder, split: trainval} or "
+    "{json: instances_train.json, images: images}, {voc: folder, split: trainval} or "
     "{yolo: data.yaml, split: train}"
 )
 

@@ -45,9 +45,9 @@ __all__ = ["DeFeat", "decoupled_classification", "decoupled_imitation", "object_
 # Whose sampled proposals the heads are compared on
 PROPOSALS_FROM = ("teacher", "student", "both")
 _ASSIGN_HELP = (
-    "official: a box is an object on the one level of its size; all_levels: on each; everywhere: "
-    "no decoupling, the object term takes the whole map (half the plain mean squared error) and "
-    "the background term must be 0"
+    "Where a box is an object: official: on the one level of its size; all_levels: on each; "
+    "everywhere: no decoupling, the object term takes the whole map (half the plain mean squared "
+    "error) and the weight of the background term must be 0"
 )
 
 
@@ -153,16 +153,35 @@ class DeFeat(Distiller):
     """Decoupled imitation of FPN levels ("neck"), backbone stages and RoI classes ("head")."""
 
     keys = {
-        "NECK_OBJECT": term(3.0, "λ of the only released config (VOC); 4 on COCO, says the author"),
-        "NECK_BACKGROUND": term(12.0, "As NECK_OBJECT; 16 on COCO"),
-        "STAGE_OBJECT": term(0.0, "Off in the released config. The mean over STAGES"),
-        "STAGE_BACKGROUND": term(0.0, "Off in the released config. The mean over STAGES"),
-        "HEAD_OBJECT": term(0.0, "Off in the released config, which has 2; two-stage only"),
-        "HEAD_BACKGROUND": term(0.0, "Off in the released config, which has 2; two-stage only"),
+        "NECK_OBJECT": term(
+            3.0,
+            "Weight of the loss on objects of FPN levels; the authors' value for VOC, 4 on COCO",
+        ),
+        "NECK_BACKGROUND": term(
+            12.0,
+            "Weight of the loss on the background of FPN levels; the authors' value for VOC, 16 on "
+            "COCO",
+        ),
+        "STAGE_OBJECT": term(
+            0.0, "Weight of the loss on objects of backbone stages, a mean over STAGES"
+        ),
+        "STAGE_BACKGROUND": term(
+            0.0, "Weight of the loss on the background of backbone stages, a mean over STAGES"
+        ),
+        "HEAD_OBJECT": term(
+            0.0,
+            "Weight of the class loss on positive proposals, two-stage only; the authors' config "
+            "names 2, but has it switched off",
+        ),
+        "HEAD_BACKGROUND": term(
+            0.0,
+            "Weight of the class loss on negative proposals, two-stage only; the authors' config "
+            "names 2, but has it switched off",
+        ),
         "NECK_ASSIGN": Key("official", _ASSIGN_HELP, choices=ASSIGNMENTS),
         "STAGE_ASSIGN": Key(
             "all_levels",
-            "all_levels: a box is an object in every stage; everywhere: as NECK_ASSIGN",
+            "Where a box is an object: all_levels: in every stage; everywhere: as in NECK_ASSIGN",
             choices=("all_levels", "everywhere"),
         ),
         "STAGES": Key(
@@ -175,9 +194,11 @@ class DeFeat(Distiller):
             "more), student, or both (the sum of the two)",
             choices=PROPOSALS_FROM,
         ),
-        "OBJECT_TEMPERATURE": Key(1.0, "Of the softmax in HEAD_OBJECT", above=0),
-        "BACKGROUND_TEMPERATURE": Key(1.0, "Of the softmax in HEAD_BACKGROUND", above=0),
-        "CASCADE_STAGE": Key(0, "Which box head of a Cascade R-CNN, from 0", low=0),
+        "OBJECT_TEMPERATURE": Key(1.0, "Temperature of the softmax in HEAD_OBJECT", above=0),
+        "BACKGROUND_TEMPERATURE": Key(
+            1.0, "Temperature of the softmax in HEAD_BACKGROUND", above=0
+        ),
+        "CASCADE_STAGE": Key(0, "Which box head of a Cascade R-CNN is compared, from 0", low=0),
     }
 
     @configurable

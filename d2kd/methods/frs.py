@@ -102,10 +102,16 @@ class FRS(Distiller):
 
     keys = {
         "FEATURE": term(
-            0.005, "α of the released RetinaNet config; differs by detector", warmup_iters=500
+            0.005,
+            "Weight of the feature loss (α); the authors' value for RetinaNet, others for other "
+            "detectors",
+            warmup_iters=500,
         ),
         "CLS": term(
-            0.02, "β of the released RetinaNet config; differs by detector", warmup_iters=500
+            0.02,
+            "Weight of the class loss (β); the authors' value for RetinaNet, others for other "
+            "detectors",
+            warmup_iters=500,
         ),
         "CENTERNESS": Key(
             False,

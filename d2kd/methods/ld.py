@@ -76,9 +76,12 @@ class LD(Distiller):
     keys = {
         "BBOX": term(
             0.75,
-            "The main region. 0.25 in the released code, whose sum is over 3 images per GPU",
+            "Weight of the loss of box distributions, where there are objects; the authors' 0.25, "
+            "times the 3 images per GPU that they sum over and d2kd averages over",
         ),
-        "TEMPERATURE": Key(10.0, "T of the released code", above=0),
+        "TEMPERATURE": Key(
+            10.0, "Temperature of the softmax over bins (T); the authors' value", above=0
+        ),
     }
 
     @configurable

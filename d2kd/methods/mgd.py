@@ -74,12 +74,14 @@ class MGD(Distiller):
 
     keys = {
         "FEATURE": term(
-            2e-5, "α of the released configs of one-stage detectors; 5e-7 for two-stage"
+            2e-5,
+            "Weight of the feature loss (α); the authors' value for one-stage detectors, 5e-7 for "
+            "two-stage ones",
         ),
         "MASK_RATIO": Key(
             0.65,
-            "λ, the share of masked locations, of the released configs of one-stage detectors; "
-            "0.45 for two-stage",
+            "Share of locations that are masked (λ); the authors' value for one-stage detectors, "
+            "0.45 for two-stage ones",
             low=0,
             high=0.99,
         ),

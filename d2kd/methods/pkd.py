@@ -49,7 +49,13 @@ def pearson_imitation(student: Tensor, teacher: Tensor) -> Tensor:
 class PKD(Distiller):
     """Imitation of FPN levels in which only the shape of each channel counts, not its scale."""
 
-    keys = {"FEATURE": term(6.0, "For GFL; 2 for RetinaNet and FCOS, 1 for ATSS (CrossKD's code)")}
+    keys = {
+        "FEATURE": term(
+            6.0,
+            "Weight of the feature loss; the value for GFL in CrossKD's code, which has 2 for "
+            "RetinaNet and FCOS, 1 for ATSS",
+        )
+    }
 
     defaults_of = {
         kind: Defaults({"FEATURE.WEIGHT": weight}, f"CrossKD's code, for {kind}")

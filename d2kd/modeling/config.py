@@ -55,9 +55,9 @@ FCOS_KEYS: Keys = {
 ATSS_KEYS: Keys = {
     **_head_keys(score_thresh=0.05),
     "BBOX_REG_WEIGHTS": Key(
-        (10.0, 10.0, 5.0, 5.0), "Of (dx, dy, dw, dh) in Box2BoxTransform", length=4, above=0
+        (10.0, 10.0, 5.0, 5.0), "Scale of (dx, dy, dw, dh), as in Detectron2", length=4, above=0
     ),
-    "BBOX_LOSS_WEIGHT": Key(2.0, "Of the GIoU loss", low=0),
+    "BBOX_LOSS_WEIGHT": Key(2.0, "Weight of the GIoU loss", low=0),
     **_FOCAL_LOSS,
 }
 GFL_KEYS: Keys = {
@@ -68,8 +68,8 @@ GFL_KEYS: Keys = {
         low=1,
         high=1024,
     ),
-    "BBOX_LOSS_WEIGHT": Key(2.0, "Of the GIoU loss", low=0),
-    "DFL_LOSS_WEIGHT": Key(0.25, "Of the distribution focal loss", low=0),
+    "BBOX_LOSS_WEIGHT": Key(2.0, "Weight of the GIoU loss", low=0),
+    "DFL_LOSS_WEIGHT": Key(0.25, "Weight of the distribution focal loss", low=0),
 }
 TIMM_KEYS: Keys = {
     "NAME": Key(
@@ -106,7 +106,7 @@ NODES: Dict[str, Keys] = {
     "TIMM": TIMM_KEYS,
     "BASIC_RESNET": BASIC_RESNET_KEYS,
 }
-_BOX_REG_WEIGHTS = Key((1.0,) * 4, "Of (dx, dy, dw, dh)", length=4, above=0)
+_BOX_REG_WEIGHTS = Key((1.0,) * 4, "Scale of (dx, dy, dw, dh)", length=4, above=0)
 _BOX_REGRESSION: Keys = {
     "BBOX_REG_WEIGHTS": replace(_BOX_REG_WEIGHTS, length=(4, 5)),  # 5 of rotated boxes
     "BBOX_REG_LOSS_TYPE": Key(

@@ -32,7 +32,7 @@ def test_python_compiles_and_its_imports_work(block):
 @pytest.mark.parametrize("block", YAML, ids=str)
 def test_yaml_is_a_config(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a reader has data
-    Path("photographs").mkdir()
+    Path("images").mkdir()
     for name in ("train.json", "val.json"):
         Path(name).write_text('{"categories": [{"id": 1, "name": "cat"}]}')
     Path("recipe.yaml").write_text(block.text)

@@ -128,17 +128,32 @@ class DenseKD(Distiller):
     """
 
     keys = {
-        "CLS": term(1.0, "Of the released RetinaNet config; differs by detector"),
-        "BBOX": term(1.0, "Of the released RetinaNet config; differs by detector"),
-        "CENTERNESS": term(0.0, "Only for detectors that predict a centerness"),
+        "CLS": term(
+            1.0,
+            "Weight of the class loss; CrossKD's authors' value for RetinaNet, others for other "
+            "detectors",
+        ),
+        "BBOX": term(
+            1.0,
+            "Weight of the box loss; CrossKD's authors' value for RetinaNet, others for other "
+            "detectors",
+        ),
+        "CENTERNESS": term(
+            0.0, "Weight of the centerness loss; only for detectors that predict a centerness"
+        ),
         "BBOX_LOSS": Key(
             "",
-            "kl (distributions, GFL), giou or iou (its logarithm); empty = as the authors do for "
-            "the student's kind of detector",
+            "The box loss: kl (of distributions, for GFL), giou, or iou (minus its logarithm); "
+            "empty = the authors' for the student's kind of detector",
             choices=("", "kl", *IOU_LOSSES),
         ),
-        "BETA": Key(1.0, "Exponent of the class loss", low=1),
-        "TEMPERATURE": Key(1.0, "Of the kl box loss", above=0),
+        "BETA": Key(
+            1.0,
+            "Exponent of the class loss, a quality focal loss: with a larger one, predictions "
+            "close to the teacher's count less",
+            low=1,
+        ),
+        "TEMPERATURE": Key(1.0, "Temperature of the softmax in the kl box loss", above=0),
     }
 
     # Detectron2's FCOS predicts boxes of no size at first, where the logarithm of the IoU has no

@@ -11,10 +11,10 @@ MATCHES = ("soft", "assigned", "gt_mask")
 AGGREGATES = ("student", "teacher")
 
 KEYS = {
-    "SGFI": term(1.0, "Features of regions. note: an unweighted sum; [R]: 1"),
-    "CKD": term(0.5, "Contrast of regions. note: an unweighted sum; [R]: 0.5"),
-    "CLS": term(1.0, "Classes of regions, two-stage students only. note: 1"),
-    "BBOX": term(1.0, "Boxes of regions, two-stage students only. note: 1"),
+    "SGFI": term(1.0, "Weight of the loss on features of regions. note: an unweighted sum; [R]: 1"),
+    "CKD": term(0.5, "Weight of the contrast of regions. note: an unweighted sum; [R]: 0.5"),
+    "CLS": term(1.0, "Weight of the loss on classes of regions, two-stage students only. note: 1"),
+    "BBOX": term(1.0, "Weight of the loss on boxes of regions, two-stage students only. note: 1"),
     "PROPOSALS_FROM": Key(
         "student",
         "Whose sampled proposals are the regions of a two-stage student ([R]: the student's; ours: "
@@ -24,8 +24,9 @@ KEYS = {
     "FOREGROUND_ONLY": Key(False, "Leave background regions out (note and [R]: keep all)"),
     "MATCH": Key(
         "soft",
-        'soft (note); assigned: the one level of the region\'s size (its "RoIFI"); gt_mask: no '
-        'regions, but the levels of equal stride inside of objects (ours, of its "GT mask")',
+        "Which student level a region's feature comes from: soft: a weighted sum of all (note); "
+        'assigned: the one level of the region\'s size (its "RoIFI"); gt_mask: no regions, but the '
+        'levels of equal stride inside of objects (ours, of its "GT mask")',
         choices=MATCHES,
     ),
     "AGGREGATE": Key(
@@ -80,8 +81,16 @@ KEYS = {
     ),
     # The regions of a dense student
     "DENSE": {
-        "PRE_NMS_TOPK": Key(2000, "Its best anchors per level and image ([R])", low=1),
-        "POST_NMS_TOPK": Key(1000, "Its best boxes per image after suppression ([R])", low=1),
-        "ROIS_PER_IMAGE": Key(512, "Regions that are sampled of these ([R])", low=1),
+        "PRE_NMS_TOPK": Key(
+            2000, "Anchors of the student with the highest scores, per level and image ([R])", low=1
+        ),
+        "POST_NMS_TOPK": Key(
+            1000,
+            "Boxes with the highest scores that stay after suppression, per image ([R])",
+            low=1,
+        ),
+        "ROIS_PER_IMAGE": Key(
+            512, "Regions that are sampled of these boxes, per image ([R])", low=1
+        ),
     },
 }

@@ -60,28 +60,28 @@ class HGD(Distiller):
     keys = {
         "FEATURE": term(
             1.0,
-            'λ. LEVEL_WEIGHTS: one factor per stage, the "manual" macro weights',
+            'Weight of the loss (λ). LEVEL_WEIGHTS: a factor per stage, the "manual" macro weights',
             warmup_iters=1000,
         ),
         "SOURCE": Key(
-            "backbone", "backbone (stages), neck (FPN levels) or both", choices=tuple(SOURCES)
+            "backbone", "Compare backbone stages, neck (FPN levels) or both", choices=tuple(SOURCES)
         ),
         "STAGES": Key([], "The student's stages or levels; empty = all that are trained", item=str),
         "PRE_ACTIVATION": Key(
             False,
-            "Stages before the ReLU that ends them (Detectron2's ResNets alone). FPN levels have "
-            "none",
+            "Compare stages before the ReLU that ends them (Detectron2's ResNets alone). FPN "
+            "levels have none",
         ),
         "PAIRING": Key(
             "stride",
-            "stride; order (from the coarsest); learned: a mix of all teacher stages, which must "
-            "be of one width",
+            "How stages are paired: by stride, by order (from the coarsest), or learned: with a "
+            "mix of all teacher stages, which must be of one width",
             choices=("stride", "order", "learned"),
         ),
         "UNPAIRED": Key(
             "drop",
-            "Teacher stages without a partner: drop; or average them, at the partner's size, into "
-            "the pair of nearest stride, all of one width",
+            "Teacher stages without a partner: drop them, or average them, at the partner's size, "
+            "into the pair of nearest stride, all of one width",
             choices=("drop", "average"),
         ),
         "NORM": Key(
@@ -92,36 +92,39 @@ class HGD(Distiller):
         ),
         "DISTANCE": Key(
             "l2",
-            "l2, l1, smooth_l1, cosine (of positions; NORM has no effect), or partial_l2: no "
-            "error where student <= teacher <= 0, for maps with negative values",
+            "The error: l2, l1, smooth_l1, cosine (of positions; NORM has no effect), or "
+            "partial_l2: none where student <= teacher <= 0, for maps with negative values",
             choices=tuple(DISTANCES),
         ),
         "SPATIAL_POWER": Key(
-            1.0, "Micro: power of the teacher's activation per position; 0 = off", low=0, high=4
+            1.0,
+            "Micro weights: power of the teacher's activation per position; 0 = off",
+            low=0,
+            high=4,
         ),
         "CHANNEL_POWER": Key(
-            1.0, "Micro: power of the teacher's activation per channel; 0 = off", low=0, high=4
+            1.0, "Micro weights: power of the activation per channel; 0 = off", low=0, high=4
         ),
-        "GAP_POWER": Key(0.0, "Micro: power of the error per position; 0 = off", low=0, high=4),
+        "GAP_POWER": Key(0.0, "Micro weights: power of the local error; 0 = off", low=0, high=4),
         "FOREGROUND": Key(
-            0.0, "What being in a ground-truth box adds to the weight 1", low=0, high=1000
+            0.0, "Micro weights: what a ground-truth box adds to the weight 1", low=0, high=1000
         ),
         "MAX_WEIGHT": Key(
             10.0,
-            "Highest product of the micro weights, before their mean becomes 1",
+            "Highest product of the micro weights, before they are scaled to a mean of 1",
             low=1,
             high=1000000,
         ),
         "MACRO": Key(
             "gap",
-            "Macro weights: gap (of stages, by their running loss), per_image (of images, by their "
-            "loss), or uncertainty (learned, of stages)",
+            "Macro weights, between stages or images: gap (of stages, by their running loss), "
+            "per_image (of images, by their loss), or uncertainty (learned, of stages)",
             choices=("gap", "per_image", "uncertainty"),
         ),
         "MACRO_POWER": Key(
             1.0,
-            "Power of the gap: 1 = more for those that lag, 0 = uniform, -1 = equal shares of the "
-            "loss",
+            "Power of the gap in the macro weights: 1 = more for those that lag, 0 = uniform, "
+            "-1 = equal shares of the loss",
             low=-2,
             high=2,
         ),
