@@ -51,9 +51,19 @@ class RunFacts:
 
     def history(self, metric: str) -> List[Tuple[int, float]]:
         """(steps done, value) of every evaluation."""
+        return history_of(metric, self.lines, self.max_iter)
+
+    @cached_property
+    def max_iter(self) -> int:
+        """The steps that it was to have."""
         processes = next((start["processes"] for start in self.starts if "processes" in start), 1)
-        scaled = scale_to_processes(self.cfg, processes)
-        return history_of(metric, self.lines, scaled.SOLVER.MAX_ITER)
+        return scale_to_processes(self.cfg, processes).SOLVER.MAX_ITER
+
+    def state(self, metric: str) -> str:
+        """How far a run had come in its last evaluation; "" if to the end."""
+        steps = max((steps for steps, _ in self.history(metric)), default=self.max_iter)
+        unfinished = steps < self.max_iter
+        return f", after {steps} of {self.max_iter} iterations" if unfinished else ""
 
     def last(self, metric: str) -> Optional[float]:
         """The value of the last evaluation, if there was one."""

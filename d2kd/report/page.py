@@ -145,7 +145,8 @@ def _summary_row(facts: RunFacts, everyone: Sequence[RunFacts], task: str) -> Li
     last = [_number(facts.last(f"{task}/{metric}")) for metric in _METRICS]
     best = facts.best(f"{task}/AP")
     found = [_number(best[1]), f"{best[0]} iterations"] if best else ["", ""]
-    return [facts.name, *last, _gain(facts, everyone, f"{task}/AP"), *found]
+    name = f"{facts.name}{facts.state(f'{task}/AP')}"
+    return [name, *last, _gain(facts, everyone, f"{task}/AP"), *found]
 
 
 def _gain(facts: RunFacts, everyone: Sequence[RunFacts], metric: str) -> str:

@@ -96,6 +96,15 @@ def test_facts_of_a_run(distilled, plain):
     assert run.name != base.name
 
 
+def test_a_run_that_was_killed_is_not_said_to_be_at_its_end(distilled):
+    [run] = facts_of([distilled], None)
+    assert run.state("bbox/AP") == ""
+    run.lines = [line for line in run.lines if line["iteration"] < 15]
+    assert run.state("bbox/AP") == ", after 10 of 20 iterations"
+    run.lines = []
+    assert run.state("bbox/AP") == ""
+
+
 def test_evaluations_of_a_run_that_was_scaled_to_fewer_processes(distilled):
     """It took twice as many iterations as its config says."""
     [run] = facts_of([distilled], None)
