@@ -11,12 +11,13 @@ from d2kd.checkpoint import cannot_write
 from d2kd.data.check import check_annotation_files, check_dataset_names, check_evaluation
 from d2kd.data.loader import images_per_process
 from d2kd.errors import UserError
-from d2kd.lazy import is_lazy
+from d2kd.lazy import is_lazy, lazy_config
 
 from .evaluators import refuse_without_evaluator
 from .scaling import scale_to_processes
 
 _COCO_KEYPOINTS = 17
+_STOCK_FCOS = "detectron2.modeling.meta_arch.fcos.FCOS"
 
 
 def refuse_processes(cfg: CfgNode, local_count: int, count: int, training: bool) -> None:
@@ -105,12 +106,25 @@ def refuse_settings(cfg: CfgNode) -> None:
             "TEST.AUG.ENABLED is True, but d2kd evaluates without test-time augmentation: set it "
             "to False"
         )
+    if cfg.SOLVER.AMP.ENABLED and is_lazy(cfg) and _target(cfg) == _STOCK_FCOS:
+        raise UserError(
+            f"SOLVER.AMP.ENABLED is True, but the box loss of {_STOCK_FCOS} does not run in mixed "
+            "precision: set it to False, or take d2kd.modeling.meta_arch.FCOS, which is the same "
+            "but for that"
+        )
     device = cfg.MODEL.DEVICE
     if cfg.SOLVER.AMP.ENABLED and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise UserError(
             f"SOLVER.AMP.ENABLED is True, but MODEL.DEVICE is '{device}': mixed precision needs a "
             "CUDA device; set it to False"
         )
+
+
+def _target(cfg: CfgNode) -> str:
+    """The class that a Python config builds its detector of."""
+    target = lazy_config(cfg).model.get("_target_", "")
+    parts = (getattr(target, x, "") for x in ("__module__", "__qualname__"))
+    return target if isinstance(target, str) else ".".join(parts)
 
 
 def _refuse_sigmas(cfg: CfgNode) -> None:

@@ -19,7 +19,7 @@ from d2kd.cli.main import main
 from d2kd.config import default_config, read_config
 from d2kd.distillation import build_detector, build_model
 from d2kd.engine import DistillTrainer, evaluators
-from d2kd.engine.preflight import refuse_no_evaluation
+from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
 from d2kd.engine.run_config import write_run_config
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
@@ -79,6 +79,16 @@ def test_batches_of_a_step_and_average_stand_below_train(tmp_path):
     assert "accumulation_steps" not in lazy_config(config(tmp_path)).train
     with pytest.raises(UserError, match="train.ema_decay is 1.0: give a number below 1"):
         config(tmp_path, train__ema_decay=1.0)
+
+
+def test_detectron2s_own_fcos_is_not_trained_in_mixed_precision(tmp_path):
+    cfg = config(tmp_path, train__amp__enabled=True)
+    with pytest.raises(UserError, match="the box loss of detectron2.*take d2kd.modeling.meta_arch"):
+        refuse_settings(cfg)
+    ours = {"model._target_": "d2kd.modeling.meta_arch.FCOS"}
+    cfg = config(tmp_path, train__amp__enabled=True, **ours)
+    with pytest.raises(UserError, match="mixed precision needs a CUDA device"):  # nothing else
+        refuse_settings(cfg)
 
 
 def test_defaults_are_those_of_the_keys():
