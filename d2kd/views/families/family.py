@@ -326,6 +326,8 @@ def build_family(detector: nn.Module) -> Family:
 def cell_shapes(anchor_generator: nn.Module) -> Tuple[Tuple[float, ...], ...]:
     """The anchors of the first location of each level, x1 y1 x2 y2 in pixels."""
     cells = list(anchor_generator.cell_anchors)
+    if any(cell.is_meta for cell in cells):  # numbers are not there, only how many
+        return tuple(tuple(cell.shape) for cell in cells)
     shifts = [anchor_generator.offset * stride for stride in anchor_generator.strides]
     return tuple(
         tuple(round(x + shift, 2) for x in cell.flatten().tolist())
