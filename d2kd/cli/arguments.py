@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import re
 from typing import List, Sequence, Tuple
 
@@ -120,8 +121,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def until_key(words: Sequence[str]) -> Tuple[List[str], List[str]]:
     """The words before the first config key, and the overrides that begin with it."""
-    first = list(itertools.takewhile(lambda word: not _OVERRIDE.fullmatch(word), words))
+    first = list(itertools.takewhile(lambda word: not _begins_overrides(word), words))
     return first, list(words[len(first) :])
+
+
+def _begins_overrides(word: str) -> bool:
+    """A file may be named lr=0.01.yaml, as sweeps do."""
+    return _OVERRIDE.fullmatch(word) is not None and not os.path.isfile(word)
 
 
 def overrides_of(args: argparse.Namespace) -> List[str]:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from typing import Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
@@ -89,11 +89,28 @@ def train_rows(
     trainings = [_Training(row, seed, output, opts) for row, seed in tasks]
     # Two tables may have the same plain student: it is trained once
     waiting = deque({x.folder: x for x in trainings if not x.is_finished()}.values())
-    for training in {folder_of(x.row): x for x in waiting}.values():
-        training.refuse_missing_teacher()
+    _refuse_missing_teachers({folder_of(x.row): x for x in waiting}.values())
     if waiting:
         _train_all(waiting, len(trainings), jobs)
     return [x.run() for x in trainings]
+
+
+def _refuse_missing_teachers(trainings: "Iterable[_Training]") -> None:
+    """
+    Raises:
+        UserError: if any of them distils from a teacher without weights; it names all of them.
+    """
+    rows: Dict[str, List[str]] = {}  # labels by what is wrong
+    for training in trainings:
+        problem = training.missing_teacher()
+        if problem:
+            rows.setdefault(problem, []).append(repr(training.row.label))
+    if rows:
+        named = [
+            f"{'rows' if len(labels) > 1 else 'row'} {', '.join(labels)}: {problem}"
+            for problem, labels in rows.items()
+        ]
+        raise UserError("; ".join(named))
 
 
 def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
@@ -180,16 +197,14 @@ class _Training:
                     )
         self._before = self._done = min(steps_done(self.folder), self._max_iter)
 
-    def refuse_missing_teacher(self) -> None:
-        """
-        Raises:
-            UserError: if it distils, and its teacher has no weights.
-        """
+    def missing_teacher(self) -> str:
+        """What to do about a teacher without weights; empty if there is none, or it has some."""
         if distilled_methods(self._cfg):
             try:
                 refuse_missing_weights(self._cfg, build_on_meta(self._cfg).weights)
             except UserError as e:
-                raise UserError(f"row '{self.row.label}': {e}") from e
+                return str(e)
+        return ""
 
     def is_finished(self) -> bool:
         """Also of a run that was trained by a command of :func:`command`, on several GPUs say."""

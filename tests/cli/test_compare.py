@@ -231,6 +231,23 @@ def test_a_missing_teacher_is_found_before_the_plain_student_is_trained(
     assert error.startswith("error: row 'LD': ") and problem in error and error.count("\n") == 1
 
 
+def test_all_missing_teachers_are_named_at_once(compare, capsys):
+    rows = "a: {}, b: {SOLVER.MAX_ITER: 9}, c: {DISTILL.TEACHER.WEIGHTS: /no.pth}"
+    with pytest.raises(SystemExit):
+        compare(f"BASE: shapes/ld/gfl_tiny.yaml\nROWS: {{{rows}}}", "--seeds", "1", "2")
+    error = capsys.readouterr().err
+    assert error.startswith("error: rows 'a', 'b': DISTILL.TEACHER.WEIGHTS is empty")
+    assert "; row 'c': DISTILL.TEACHER.WEIGHTS is '/no.pth'" in error and error.count("\n") == 1
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.01.yaml").write_text(TABLE)
+    main(["compare", "lr=0.01.yaml", "--commands", "SOLVER.MAX_ITER", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(" SOLVER.MAX_ITER 10 " in x for x in lines)
+
+
 def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     fails = "import sys; print('starting'); sys.exit('error: no teacher')"
