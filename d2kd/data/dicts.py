@@ -4,6 +4,7 @@ They are looked into as the file in COCO's format that Detectron2 writes of them
 """
 
 import json
+import os
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
@@ -70,7 +71,9 @@ def _annotation(a: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """With Python's numbers for NumPy's, on which Detectron2 trains as well: its own tutorial makes
-    boxes of them."""
+    boxes of them. And text for a path."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value

@@ -201,7 +201,7 @@ def _missing(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
     findings = []
     for d in dicts:
         path = d.get("file_name")
-        if path is None or "://" in path:
+        if path is None or "://" in os.fspath(path):
             continue
         folder, name = os.path.split(os.path.abspath(path))
         if folder not in listed:

@@ -1,6 +1,7 @@
 """Sets registered in Python: what Detectron2 trains on passes, what it cannot evaluate is told."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ NUMPY_BOX = [np.int64(x) for x in BOX["bbox"]]
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
     """Registers a set of one image; the config of a run on it."""
+
+    monkeypatch.chdir(tmp_path)
 
     def register(annotation=None, masks=False, **image):
         Image.new("RGB", (40, 30)).save(tmp_path / "1.png")
@@ -58,6 +61,7 @@ def findings(masks=False, evaluated=False):
         {"annotation": {"category_id": np.int64(0), "iscrowd": np.int64(0)}},
         {"width": np.int64(40), "height": np.int64(30)},
         {"width": np.float64(40), "height": np.float64(30)},
+        {"file_name": Path("1.png")},
         {"annotation": {"segmentation": RUN_LENGTHS}, "masks": True},
         {"annotation": {"segmentation": {**RUN_LENGTHS, "size": (30, 40)}}, "masks": True},
         {"annotation": {"segmentation": POLYGON}, "masks": True},
