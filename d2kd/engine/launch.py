@@ -38,11 +38,10 @@ from .preflight import refuse_not_evaluated, refuse_processes, refuse_unusable
 from .processes import (
     Place,
     is_first_to_tell,
-    join,
-    leave,
     place_by_torchrun,
     publish_run,
     receive_run,
+    run_joined,
     start_processes,
     store_of_torchrun,
 )
@@ -194,15 +193,7 @@ def _run_reporting(args: argparse.Namespace, cfg: CfgNode) -> None:
 def _run_among(place: Place, store: dist.Store, args: argparse.Namespace, cfg: CfgNode) -> None:
     """:func:`_run_reporting` in one of several processes."""
     with in_one_line(args.debug, partial(is_first_to_tell, store)), in_words_of(is_lazy(cfg)):
-        join(place, store, cfg)
-        status = 0
-        try:
-            run(args, cfg)
-        except SystemExit as stopped:  # all processes together
-            status = stopped.code
-        leave()
-        if status:
-            sys.exit(status)
+        run_joined(place, store, cfg, partial(run, args, cfg))
 
 
 def start(

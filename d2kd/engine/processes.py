@@ -6,8 +6,9 @@ import contextlib
 import gc
 import os
 import pickle
+import sys
 from datetime import timedelta
-from typing import Callable, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Tuple
 from urllib.parse import urlsplit
 
 import torch
@@ -168,6 +169,46 @@ def leave() -> None:
     comm._LOCAL_PROCESS_GROUP = None
     dist.destroy_process_group()
     gc.collect()
+
+
+def run_joined(place: Place, store: dist.Store, cfg: CfgNode, work: Callable[[], Any]) -> Any:
+    """Between :func:`join` and :func:`leave`, the second also where all processes stop together.
+
+    Args:
+        place, store, cfg: what :func:`join` takes.
+        work: called once.
+
+    Returns:
+        what it returns.
+    """
+    join(place, store, cfg)
+    status, result = None, None
+    try:
+        result = work()
+    except SystemExit as stopped:
+        status = stopped.code
+    leave()  # here, where no traceback holds the model any more
+    if status:
+        sys.exit(status)
+    return result
+
+
+def run_with_torchrun(cfg: CfgNode, work: Callable[[], Any]) -> Any:
+    """Calls what a script of one's own does: together with the other processes where torchrun has
+    started several, as it is in the only one.
+
+    Args:
+        cfg: of the run; ``MODEL.DEVICE`` and ``RUN.TIMEOUT`` are read.
+        work: called in each of the processes.
+
+    Returns:
+        what it returns.
+
+    Raises:
+        UserError: see :func:`place_by_torchrun`.
+    """
+    place = place_by_torchrun(os.environ)
+    return work() if place is None else run_joined(place, store_of_torchrun(), cfg, work)
 
 
 def _make_local_group(size: int) -> None:
