@@ -22,6 +22,7 @@ from .student import (
     write_student_program,
     write_student_yaml,
 )
+from .verify import other_settings
 from .weights import checksum, load_teacher_weights, load_trained_weights, read_weights
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load_teacher_weights",
     "load_trained_weights",
     "newest_checkpoint",
+    "other_settings",
     "pointed_checkpoint",
     "read_best",
     "read_weights",

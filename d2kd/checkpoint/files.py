@@ -17,6 +17,15 @@ _LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 _LEGACY_PICKLES = 5  # that number, the version, the machine, the content, the names of the storages
 _BEFORE_TEXT = b"\xef\xbb\xbf \t\r\n"  # UTF-8's mark, and spaces
 _OPENMMLAB = ("mmengine.", "mmcv.", "mmdet.", "mmrazor.")
+# What files straight from training hold beside the weights, such as histories of losses; torch
+# reads its own tensors without these.
+_BESIDE_WEIGHTS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "_codecs.encode",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{c}.multiarray.{x}" for c in ("core", "_core") for x in ("scalar", "_reconstruct")),
+)
 
 
 class Unreadable(Exception):
@@ -72,9 +81,21 @@ def read_file(path: str) -> Tuple[Any, bool]:
         ) from e
 
 
+class _Ignored:
+    """Stands for an object of a file that nothing reads; whatever it is built from is dropped."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 def _torch_load(path: str) -> Any:
+    known = [(_Ignored, name) for name in _BESIDE_WEIGHTS]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(e))
         if foreign is None:

@@ -117,12 +117,6 @@ def _from_torchvision(state: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _from_mmdet(state: Mapping[str, Any], meta: Any) -> Dict[str, Any]:
     meta = meta if isinstance(meta, dict) else None
-    version = str((meta or {}).get("mmdet_version", "2"))
-    if version.startswith(("0.", "1.")):
-        raise Unreadable(
-            f"is of MMDetection {version}, where the background is the first class: turn it into "
-            "one of 2.0 with MMDetection's tools/model_converters/upgrade_model_version.py"
-        )
     converted = convert(state, meta)
     reasons = Counter(converted.left_out.values()).items()
     logger.info(

@@ -19,12 +19,17 @@ from .mmdet_config import anchor_counts
 from .mmdet_names import translate
 
 _HEADS = ("neck.", "bbox_head.", "rpn_head.", "roi_head.")
-# What training wrappers put before the detector's names: CrossKD and LD put nothing, MMRazor and
-# semi-supervised detectors one of these.
-_WRAPPERS = ("module.", "student.", "architecture.")
+# What training wrappers put before the detector's names: CrossKD and LD put nothing, MMRazor, FGD
+# and semi-supervised detectors some of these, DistributedDataParallel the first one before them.
+_PARALLEL = "module."
+_STUDENTS = ("student.", "architecture.")
+_WRAPPERS = (_PARALLEL, *_STUDENTS, "model.", "detector.")
 _LEFT_OUT = {
     r".*\.num_batches_tracked": "counts steps of training",
     r"bbox_head\.integral\.project": "the numbers 0, 1, 2, ...",
+    r"(.*\.)?loss_\w+\..*": "of a loss",
+    # MMCV's hook has changed places with it: the parameters are the average
+    r"ema_\w+": "kept beside the moving average",
     r"(teacher|teacher_model|distiller)\..*": "not the student's",
 }
 _SCALE = re.compile(r"bbox_head\.scales\.(\d{1,2})\.scale")
@@ -74,11 +79,13 @@ def convert(state: Mapping[str, Tensor], meta: Optional[Mapping] = None) -> Conv
         the same for Detectron2. Every name of ``state`` is among the sources or left out.
 
     Raises:
-        Unreadable: for a backbone that d2kd lacks, or anchors whose order cannot be known.
+        Unreadable: for a backbone that d2kd lacks, classes in MMDetection 1.x's order, or anchors
+            whose order cannot be known.
     """
     result = Converted()
     names = _detector_names(state, result.left_out)
-    _refuse_swin(names)
+    _refuse_backbones(names)
+    _refuse_background_first({name: state[source] for name, source in names.items()})
     targets = translate(names)
     for name, source in names.items():
         if not _SCALE.fullmatch(name):
@@ -98,12 +105,13 @@ def _strip(name: str) -> str:
 
 def _detector_names(state: Mapping[str, Tensor], left_out: Dict[str, str]) -> Dict[str, str]:
     """The names of the detector's parameters -> how the file calls them."""
-    wrapped = any(name.startswith(("student.", "architecture.")) for name in state)
+    inner = {x: x[len(_PARALLEL) :] if x.startswith(_PARALLEL) else x for x in state}
+    wrapped = any(name.startswith(_STUDENTS) for name in inner.values())
     names = {}
-    for source in state:
-        name = _strip(source)
+    for source, full in inner.items():
+        name = _strip(full)
         reason = next((why for x, why in _LEFT_OUT.items() if re.fullmatch(x, name)), None)
-        if reason is None and wrapped and name == source:
+        if reason is None and wrapped and name == full:
             reason = "not the student's"
         if reason is None:
             names[name] = source
@@ -112,13 +120,36 @@ def _detector_names(state: Mapping[str, Tensor], left_out: Dict[str, str]) -> Di
     return names
 
 
-def _refuse_swin(names: Mapping[str, str]) -> None:
-    if "backbone.patch_embed.projection.weight" in names:
-        raise Unreadable(
-            "its backbone is MMDetection's Swin, which neither Detectron2 0.6 nor timm computes "
-            "(norms of the outputs, shifted windows in the last stage, padding before the shift): "
-            "take a teacher with a ResNet"
+def _refuse_backbones(names: Iterable[str]) -> None:
+    for name in names:
+        if name == "backbone.patch_embed.projection.weight":
+            raise Unreadable(
+                "its backbone is MMDetection's Swin, which neither Detectron2 0.6 nor timm "
+                "computes (norms of the outputs, shifted windows in the last stage, padding before "
+                "the shift): take a teacher with a ResNet"
+            )
+        if ".conv_offset." in name:
+            raise Unreadable(
+                f"has deformable convolutions ({name}), which are not translated: take a teacher "
+                "without them"
+            )
+
+
+def _refuse_background_first(state: Mapping[str, Tensor]) -> None:
+    """In two-stage detectors of MMDetection 1.x the background is the first class, and boxes are
+    predicted for it, too. What ``meta`` says of the version does not decide: files of 2.0's model
+    zoo call themselves 1.0rc1."""
+    for name, scores in state.items():
+        box_head, is_scores, _ = name.partition("fc_cls.weight")
+        boxes = state.get(f"{box_head}fc_reg.weight")
+        of_1_x = name.startswith("bbox_head.") or (
+            boxes is not None and len(boxes) == 4 * len(scores)
         )
+        if is_scores and of_1_x:
+            raise Unreadable(
+                f"is of MMDetection 1.x, where the background is the first class ({name}): turn it "
+                "into one of 2.0 with MMDetection's tools/model_converters/upgrade_model_version.py"
+            )
 
 
 def _reorder_anchors(result: Converted, meta: Optional[Mapping]) -> None:
@@ -139,6 +170,9 @@ def _stack_scales(names: Mapping[str, str], state: Mapping[str, Tensor], result:
     levels = sorted(int(m[1]) for m in map(_SCALE.fullmatch, names) if m)
     if levels:
         sources = [names[f"bbox_head.scales.{level}.scale"] for level in levels]
+        for source in sources:
+            if getattr(state[source], "shape", None) not in ((), (1,)):
+                raise Unreadable(f"its '{source}' is not one number in a tensor")
         scales = torch.stack([state[source].reshape(()) for source in sources])
         result.add("head.scales", scales, ", ".join(sources))
 

@@ -28,7 +28,7 @@ def read_config(meta: Optional[Mapping]) -> Dict[str, Any]:
     if not isinstance(text, str):
         return {}
     # 2.0 wrote the files of a config one after the other, each under its path.
-    text = re.sub(r"^\S*\.py$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^.*\.py[^\S\n]*$", "", text, flags=re.MULTILINE)
     try:
         return _assignments(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

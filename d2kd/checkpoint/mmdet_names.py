@@ -33,13 +33,17 @@ _RESNET: Rules = [
 # Three lateral convolutions, from res3: P3 to P5, then P6 and P7
 _DENSE_FPN: Rules = [
     (r"neck\.lateral_convs\.(\d)\.conv\.(\w+)", "backbone.fpn_lateral{0:+3}.{1}"),
+    (r"neck\.lateral_convs\.(\d)\.(?:bn|gn)\.(\w+)", "backbone.fpn_lateral{0:+3}.norm.{1}"),
     (r"neck\.fpn_convs\.([012])\.conv\.(\w+)", "backbone.fpn_output{0:+3}.{1}"),
+    (r"neck\.fpn_convs\.([012])\.(?:bn|gn)\.(\w+)", "backbone.fpn_output{0:+3}.norm.{1}"),
     (r"neck\.fpn_convs\.([34])\.conv\.(\w+)", "backbone.top_block.p{0:+3}.{1}"),
 ]
 # Four, from res2: P2 to P5; P6 has no parameters, or is followed by P7
 _TWO_STAGE_FPN: Rules = [
     (r"neck\.lateral_convs\.(\d)\.conv\.(\w+)", "backbone.fpn_lateral{0:+2}.{1}"),
+    (r"neck\.lateral_convs\.(\d)\.(?:bn|gn)\.(\w+)", "backbone.fpn_lateral{0:+2}.norm.{1}"),
     (r"neck\.fpn_convs\.([0123])\.conv\.(\w+)", "backbone.fpn_output{0:+2}.{1}"),
+    (r"neck\.fpn_convs\.([0123])\.(?:bn|gn)\.(\w+)", "backbone.fpn_output{0:+2}.norm.{1}"),
     (r"neck\.fpn_convs\.([45])\.conv\.(\w+)", "backbone.top_block.p{0:+2}.{1}"),
 ]
 
@@ -62,7 +66,7 @@ _DENSE_HEAD: Rules = [
     (r"bbox_head\.(?:conv|fcos|atss)_centerness\.(\w+)", "head.ctrness.{0}"),
 ]
 
-# In a Cascade R-CNN, the number of the stage stands behind "bbox_head"
+# In a Cascade R-CNN, the number of the stage stands after "bbox_head"
 _BOX_HEAD = r"roi_head\.bbox_head(\.\d)?"
 _TWO_STAGE: Rules = [
     (r"rpn_head\.rpn_conv\.(\w+)", "proposal_generator.rpn_head.conv.{0}"),
@@ -74,6 +78,7 @@ _TWO_STAGE: Rules = [
     (_BOX_HEAD + r"\.fc_cls\.(\w+)", "roi_heads.box_predictor{0}.cls_score.{1}"),
     (_BOX_HEAD + r"\.fc_reg\.(\w+)", "roi_heads.box_predictor{0}.bbox_pred.{1}"),
     (r"roi_head\.mask_head\.convs\.(\d)\.conv\.(\w+)", "roi_heads.mask_head.mask_fcn{0:+1}.{1}"),
+    (r"roi_head\.mask_head\.convs\.(\d)\.gn\.(\w+)", "roi_heads.mask_head.mask_fcn{0:+1}.norm.{1}"),
     (r"roi_head\.mask_head\.upsample\.(\w+)", "roi_heads.mask_head.deconv.{0}"),
     (r"roi_head\.mask_head\.conv_logits\.(\w+)", "roi_heads.mask_head.predictor.{0}"),
 ]
@@ -88,7 +93,9 @@ def translate(names: Iterable[str]) -> Mapping[str, str]:
         Detectron2's name of each; names that no rule knows are missing.
     """
     names = list(names)
-    laterals = sum(x.startswith("neck.lateral_convs.") and x.endswith(".weight") for x in names)
+    laterals = sum(
+        x.startswith("neck.lateral_convs.") and x.endswith(".conv.weight") for x in names
+    )
     with_norm = any(x.startswith("bbox_head.") and ".gn." in x for x in names)
     rules = [
         *_RESNET,

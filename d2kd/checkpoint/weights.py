@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import zlib
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 from urllib.parse import parse_qs
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -19,7 +19,7 @@ from .downloads import check_hash, is_address, offline_advice
 from .files import Unreadable
 from .finite import refuse_not_finite
 from .formats import CLASSES, classes_in, read_checkpoint
-from .verify import verify
+from .verify import other_settings, verify
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     Attributes:
         weights_key: the config key that gives the path, for messages.
         unfilled: after loading, the names of parameters and buffers that the file did not fill.
+        other_shapes: of these, name -> shape in the file and in the model, where they differ.
         left_over: names in a file of MMDetection that the model has no place for.
         meta: what a file of MMDetection says of itself.
         classes: the names of its classes, of a file of d2kd.
@@ -43,6 +44,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     weights_key = "MODEL.WEIGHTS"
     unfilled: Sequence[str] = ()
+    other_shapes: Mapping[str, Tuple[Sequence[int], Sequence[int]]] = {}
     left_over: Sequence[str] = ()
     meta: Optional[Mapping] = None
     classes: Sequence[str] = ()
@@ -71,14 +73,14 @@ class SafeCheckpointer(DetectionCheckpointer):
         if isinstance(checkpoint.get("iteration"), int):  # Detectron2 counts from 0
             self.iteration = checkpoint["iteration"] + 1
         incompatible = super()._load_model(checkpoint)
-        wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
+        self.other_shapes = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
         if by_name:
             # FrozenBatchNorm2d fills statistics that are absent, and does not tell. That is right
             # for networks in which they are part of the weights, as in Detectron's.
-            known = {*state, *wrong_shape, *incompatible.missing_keys}
+            known = {*state, *self.other_shapes, *incompatible.missing_keys}
             statistics = (n for n in self.model.state_dict() if n.endswith(_STATISTICS))
             incompatible.missing_keys.extend(n for n in statistics if n not in known)
-        missing = dict.fromkeys([*incompatible.missing_keys, *wrong_shape])
+        missing = dict.fromkeys([*incompatible.missing_keys, *self.other_shapes])
         self.unfilled = [name for name in missing if not name.endswith(_NOT_WEIGHTS)]
         self.left_over = [sources[n] for n in incompatible.unexpected_keys if sources.get(n)]
         return incompatible
@@ -180,16 +182,24 @@ def load_trained_weights(
         raise UserError(f"{key} is empty and {config} names none: give the detector's checkpoint")
     checkpointer = _load(detector, path, key)
     if checkpointer.unfilled:
+        causes = [*_shapes(checkpointer), other_settings(checkpointer.meta, detector, input_format)]
         raise UserError(
             f"{key} is '{path}': it does not fill {len(checkpointer.unfilled)} of the detector's "
-            f"{len(detector.state_dict())} tensors ({_listed(checkpointer.unfilled)}); give the "
-            f"checkpoint of the detector that {config} describes, or correct {config}"
+            f"{len(detector.state_dict())} tensors ({_listed(checkpointer.unfilled)}); "
+            f"{''.join(f'{cause}; ' for cause in causes if cause)}give the checkpoint of the "
+            f"detector that {config} describes, or correct {config}"
         )
     refuse_not_finite(detector, key, path)
     source = f"{key} is '{path}', read into the detector of {config}"
     meta = checkpointer.meta or {"CLASSES": checkpointer.classes or None}
     verdict = verify(meta, detector, source, input_format, class_names, compared_by)
     return ", ".join([*_origin(path, checkpointer.iteration), verdict])
+
+
+def _shapes(checkpointer: SafeCheckpointer) -> Iterator[str]:
+    """Of the first tensor whose shape differs."""
+    for name, (in_file, expected) in list(checkpointer.other_shapes.items())[:1]:
+        yield f"{name} is {tuple(in_file)} in the file, {tuple(expected)} in the detector"
 
 
 def _origin(path: str, iteration: Optional[int]) -> Iterator[str]:

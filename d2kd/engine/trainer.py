@@ -24,7 +24,12 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from d2kd.checkpoint import PARAMETER_NAMES, StudentCheckpointer, refuse_not_finite
+from d2kd.checkpoint import (
+    PARAMETER_NAMES,
+    StudentCheckpointer,
+    other_settings,
+    refuse_not_finite,
+)
 from d2kd.data.bad_images import NamingLoader, NamingMapper
 from d2kd.data.check import num_classes_of
 from d2kd.data.classes import class_names_of
@@ -194,9 +199,16 @@ class DistillTrainer(DefaultTrainer):
                 f"OUTPUT_DIR is '{self.cfg.OUTPUT_DIR}', where not every process finds the same "
                 "checkpoint to resume: give a folder that all machines share"
             )
+        self._warn_of_other_settings(source)
         if self.start_iter:
             self.data_loader.start_iter = self.start_iter * self.cfg.SOLVER.ACCUMULATION_STEPS
             self._run_state.restore()
+
+    def _warn_of_other_settings(self, source: str) -> None:
+        """Training may start from a file that was trained otherwise, but hardly wants to."""
+        different = other_settings(self.checkpointer.meta, self.student, self.cfg.INPUT.FORMAT)
+        if different:
+            logger.warning(f"Training starts from {source}, but {different}")
 
     def refuse_other_teacher(self) -> None:
         """

@@ -284,22 +284,52 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
     )
 
 
+@pytest.fixture
+def foreign(monkeypatch):
+    """An object of a class of another library, by its full name."""
+
+    def make(name):
+        module, _, its = name.rpartition(".")
+        parents = module.split(".")
+        for i in range(len(parents)):
+            parent = ".".join(parents[: i + 1])
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        kind = type(its, (), {"__module__": module})
+        setattr(sys.modules[module], its, kind)
+        made = kind()
+        made.history = np.arange(3.0)
+        return made
+
+    return make
+
+
 @pytest.mark.parametrize("zip_format", [True, False])
-def test_files_straight_from_training(tmp_path, monkeypatch, zip_format):
+def test_files_straight_from_training(tmp_path, foreign, zip_format):
     """MMEngine keeps objects of its own in what it saves while it trains."""
     path = tmp_path / "epoch_12.pth"
-    name = "mmengine.logging.history_buffer"
-    for parent in ("mmengine", "mmengine.logging", name):
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    buffer = type("HistoryBuffer", (), {"__module__": name})
-    sys.modules[name].HistoryBuffer = buffer
-    file = {"state_dict": {}, "message_hub": {"loss": buffer()}}
+    file = {
+        "meta": {"seed": np.int64(3), "best": np.float32(0.5), "epoch": 12},
+        "state_dict": {"a.weight": torch.ones(2)},
+        "message_hub": {"loss": foreign("mmengine.logging.history_buffer.HistoryBuffer")},
+    }
     torch.save(file, path, _use_new_zipfile_serialization=zip_format)
-    assert refused(path).endswith(
-        "mmengine.logging.history_buffer.HistoryBuffer; it comes straight from training: publish "
-        "it with MMDetection's tools/model_converters/publish_model.py, or save its 'state_dict' "
-        "and 'meta' alone"
+    content, _ = read_file(str(path))
+    assert content["meta"]["epoch"] == 12 and torch.equal(
+        content["state_dict"]["a.weight"], torch.ones(2)
     )
+
+
+def test_other_objects_of_theirs_are_refused(tmp_path, foreign):
+    torch.save({"state_dict": {}, "x": foreign("mmengine.runner.Loop")}, tmp_path / "x.pth")
+    assert refused(tmp_path / "x.pth").endswith(
+        "mmengine.runner.Loop; it comes straight from training: publish it with MMDetection's "
+        "tools/model_converters/publish_model.py, or save its 'state_dict' and 'meta' alone"
+    )
+
+
+def test_arrays_are_no_weights(tmp_path):
+    torch.save({"model": {"a.weight": np.ones(3)}}, tmp_path / "x.pth")
+    assert "'a.weight' is no plain tensor" in refused(tmp_path / "x.pth")
 
 
 def test_compressed_records(tmp_path):

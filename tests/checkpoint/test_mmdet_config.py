@@ -6,15 +6,29 @@ from d2kd.checkpoint.mmdet_config import read_config
 from d2kd.checkpoint.mmdet_settings import (
     BOX_WEIGHTS,
     CLASSES,
+    CODERS,
+    DILATION,
     FCOS_OPTIONS,
     FORMAT,
+    FROM_P5,
+    FROM_RES5,
+    GENERATOR,
+    GROUPS,
     MEAN,
+    MEANS,
+    OFFSET,
     P6,
+    POOLED,
+    POOLER,
     RATIOS,
     RELU,
+    RES5_STRIDE,
+    RPN_WEIGHTS,
+    SAMPLING,
     SIZES,
     STD,
     STRIDE,
+    UPSAMPLING,
     file_settings,
 )
 
@@ -35,11 +49,19 @@ SETTINGS = {
     MEAN: [123.675, 116.28, 103.53],
     STD: [58.395, 57.12, 57.375],
     STRIDE: False,
-    P6: "a convolution of res5",
+    RES5_STRIDE: 32,
+    DILATION: 1,
+    P6: FROM_RES5,
     RELU: False,
-    BOX_WEIGHTS: [[1.0, 1.0, 1.0, 1.0]],
+    UPSAMPLING: "nearest",
+    GROUPS: 32,
+    CODERS: ["DeltaXYWHBBoxCoder"],
+    MEANS: [0.0, 0.0, 0.0, 0.0],
+    BOX_WEIGHTS: [1.0, 1.0, 1.0, 1.0],
     SIZES: [[32 * s * 2 ** (i / 3) for i in range(3)] for s in (1, 2)],
     RATIOS: [0.5, 1.0, 2.0],
+    OFFSET: 0.0,
+    GENERATOR: "AnchorGenerator",
 }
 VERSION_3 = f"""
 model = dict(
@@ -126,23 +148,91 @@ model = {'backbone': dict(type='ResNet', style='caffe'), 'neck': dict(type='FPN'
         MEAN: [102.9801, 115.9465, 122.7717],
         STD: [1.0, 1.0, 1.0],
         STRIDE: True,
-        P6: "a convolution of P5",
+        RES5_STRIDE: 32,
+        DILATION: 1,
+        P6: FROM_P5,
         RELU: True,
+        UPSAMPLING: "nearest",
+        GROUPS: 32,
         FCOS_OPTIONS: ["norm_on_bbox"],
     }
 
 
 def test_stages_of_a_cascade():
-    stages = ", ".join(f"dict(bbox_coder=dict(target_stds=[{s}, {s}]))" for s in (0.1, 0.05))
+    coder = "type='DeltaXYWHBBoxCoder', target_stds"
+    stages = ", ".join(f"dict(bbox_coder=dict({coder}=[{s}, {s}]))" for s in (0.1, 0.05))
     config = f"model = dict(neck=dict(type='FPN'), roi_head=dict(bbox_head=[{stages}]))"
     assert file_settings({"cfg": config}) == {
-        P6: "P5, pooled",
+        P6: POOLED,
+        UPSAMPLING: "nearest",
+        CODERS: ["DeltaXYWHBBoxCoder"],
+        MEANS: [0.0, 0.0, 0.0, 0.0],
         BOX_WEIGHTS: [[10.0, 10.0], [20.0, 20.0]],
     }
 
 
+def test_two_stage_detectors():
+    coder = "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.1, 0.0]"
+    layer = "roi_layer=dict(type='RoIAlign', sampling_ratio=2, aligned=False)"
+    config = f"""
+model = dict(rpn_head=dict({coder}, target_stds=[0.5, 0.5])), roi_head=dict(
+    bbox_roi_extractor=dict({layer}), bbox_head=dict({coder}, target_stds=[0.1, 0.2]))))
+"""
+    assert file_settings({"cfg": config}) == {
+        CODERS: ["DeltaXYWHBBoxCoder"],
+        MEANS: [0.0, 0.0, 0.1, 0.0],
+        BOX_WEIGHTS: [10.0, 5.0],
+        RPN_WEIGHTS: [2.0, 2.0],
+        POOLER: "ROIAlign",
+        SAMPLING: 2,
+    }
+
+
 @pytest.mark.parametrize(
-    "meta", [{"CLASSES": ("a", "b")}, {"dataset_meta": {"classes": ["a", "b"]}}]
+    "change",
+    [
+        ("type='ResNet'", "type='mmdet.ResNet'"),
+        ("type='FPN'", "type='mmdet.models.necks.fpn.FPN'"),
+        ("type='AnchorGenerator'", "type='mmdet.AnchorGenerator'"),
+        ("strides=[8, 16]", "strides=[(8, 8), (16, 16)]"),
+        ("strides=[8, 16]", "strides=[1, 2], base_sizes=[8, 16]"),
+        ("add_extra_convs='on_input'", "add_extra_convs=True"),
+        ("target_stds=[1.0, 1.0, 1.0, 1.0]", "target_means=[0.0, 0.0, 0.0, 0.0]"),
+        ("\n", "\r\n"),
+        ("/mnt/lustre/mmdetection/configs/retina", "/mnt/my disk/configs/retina"),
+    ],
+    ids=lambda change: change[1],
+)
+def test_other_spellings_of_the_same(change):
+    for meta in ({"cfg": VERSION_3}, {"config": VERSION_2_0}):
+        changed = {key: text.replace(*change) for key, text in meta.items()}
+        assert file_settings(changed) == SETTINGS
+
+
+def test_extra_convolutions_as_2_0_says_it():
+    neck = "dict(type='FPN', add_extra_convs=True, extra_convs_on_inputs=False)"
+    assert file_settings({"config": f"model = dict(neck={neck})"})[P6] == FROM_P5
+
+
+def test_what_is_odd_in_one_part_leaves_the_others():
+    odd = VERSION_3.replace("add_extra_convs='on_input'", "add_extra_convs='on_moon'")
+    expected = {k: x for k, x in SETTINGS.items() if k not in (P6, RELU, UPSAMPLING)}
+    assert file_settings({"cfg": odd}) == expected
+
+
+def test_coders_of_version_1():
+    head = "dict(type='RetinaHead', anchor_ratios=[1.0], anchor_strides=[8], target_stds=[1.0])"
+    settings = file_settings({"config": f"model = dict(bbox_head={head})"})
+    assert settings == {GROUPS: 32, CODERS: ["LegacyDeltaXYWHBBoxCoder"]}
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"CLASSES": ("a", "b")},
+        {"dataset_meta": {"classes": ["a", "b"]}},
+        {"dataset_meta": {"CLASSES": ("a", "b")}},
+    ],
 )
 def test_classes_without_a_config(meta):
     assert file_settings(meta) == {CLASSES: ["a", "b"]}
@@ -175,6 +265,7 @@ model = dict(depth=__import__('os').mkdir({str(marker)!r}), neck=dict(type='FPN'
         {"cfg": "model = dict(bbox_head=3, neck='FPN', backbone=[dict()])"},
         {"cfg": "model = dict(neck=dict(type='FPN', add_extra_convs='on_moon'))"},
         {"cfg": "model = dict(bbox_head=dict(bbox_coder=dict(target_stds=[0.0])))"},
+        {"cfg": "model = dict(bbox_head=dict(anchor_generator=dict(type=3, strides=4)))"},
         {"cfg": "model = dict(data_preprocessor=dict(mean=1, std=2))"},
         {"cfg": "\0"},
         [1],

@@ -9,6 +9,7 @@ import torch
 from test_mmdet_names import OURS, full_size, shapes
 
 from d2kd.checkpoint.mmdet import convert
+from d2kd.checkpoint.mmdet_settings import FROM_P5, FROM_RES5, POOLED
 from d2kd.checkpoint.verify import detector_settings
 from d2kd.config import read_config
 from d2kd.distillation import build_detector
@@ -28,7 +29,7 @@ CAFFE_FCOS = {
     "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717],
     "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
 }
-P6 = {"retinanet": "a convolution of res5", "faster": "P5, pooled"}
+P6 = {"retinanet": FROM_RES5, "faster": POOLED}
 
 
 def test_there_are_configs():
@@ -58,7 +59,7 @@ def test_settings_are_those_of_mmdetections_configs(path):
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 8
     found = detector_settings(build_detector(cfg), cfg.INPUT.FORMAT)
     wanted = dict(CAFFE_FCOS if kind == "fcos" else RGB)
-    wanted["P6 (MODEL.BACKBONE.NAME)"] = P6.get(kind, "a convolution of P5")
+    wanted["P6 (MODEL.BACKBONE.NAME)"] = P6.get(kind, FROM_P5)
     if kind != "faster":
         wanted["MODEL.FPN.RELU_BEFORE_P7"] = kind == "fcos"
     if cfg.MODEL.RESNETS.DEPTH >= 50:

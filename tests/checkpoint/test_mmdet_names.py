@@ -78,6 +78,43 @@ def test_mask_rcnn():
     mask["roi_head.mask_head.conv_logits.bias"] = (80,)
     ours = detector_shapes("COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml")
     assert shapes(convert(faster_rcnn_plus(mask)).tensors) == ours
+    mask = {k: x for k, x in mask.items() if "convs" not in k or "weight" in k}
+    for norm in ("weight", "bias"):
+        mask.update({f"roi_head.mask_head.convs.{i}.gn.{norm}": (256,) for i in range(4)})
+    opts = ["MODEL.ROI_MASK_HEAD.NORM", "GN"]
+    ours = detector_shapes("COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml", opts)
+    assert shapes(convert(faster_rcnn_plus(mask)).tensors) == ours
+
+
+def test_an_fpn_with_norms():
+    state = dict(full_size("gfl_r50_fpn_1x_coco"))
+    for conv in (f"neck.{kind}_convs.{i}" for kind in ("lateral", "fpn") for i in range(3)):
+        del state[f"{conv}.conv.bias"]
+        for x in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{conv}.bn.{x}"] = torch.empty(256, device="meta")
+    names = convert(state).tensors
+    assert {f"backbone.fpn_{x}3.norm.running_var" for x in ("lateral", "output")} <= {*names}
+    assert "backbone.fpn_lateral5.weight" in names and not any("neck" in x for x in names)
+
+
+def test_deformable_convolutions_are_refused():
+    state = {**full_size("gfl_r50_fpn_1x_coco")}
+    state["backbone.layer2.0.conv2.conv_offset.weight"] = torch.zeros(1)
+    with pytest.raises(Unreadable, match=r"deformable .*layer2.0.conv2.conv_offset.weight.*take a"):
+        convert(state)
+
+
+@pytest.mark.parametrize("old", ["bbox_head.fc_cls", "bbox_head.2.fc_cls"])
+def test_two_stage_files_of_version_1_are_known_by_their_names(old):
+    new = {k: x for k, x in full_size(FASTER).items() if "roi_head." not in k}
+    with pytest.raises(Unreadable, match=r"is of MMDetection 1.x, .*upgrade_model_version.py"):
+        convert({**new, f"{old}.weight": torch.zeros(81, 8)})
+
+
+def test_a_box_of_the_background_is_one_of_version_1():
+    state = {**full_size(FASTER), "roi_head.bbox_head.fc_reg.weight": torch.zeros(4 * 81, 1024)}
+    with pytest.raises(Unreadable, match="the background is the first class"):
+        convert(state)
 
 
 def test_cascade_rcnn():
@@ -102,6 +139,9 @@ def test_cascade_rcnn():
 WRAPPERS = {
     "data parallel": ("module.", []),
     "MMRazor": ("architecture.", ["distiller.connectors.0.conv.weight", "teacher.neck.x"]),
+    "MMRazor 0.x": ("architecture.model.", ["distiller.teacher.neck.x"]),
+    "FGD, data parallel": ("module.student.", ["module.distill_losses.x.conv.weight"]),
+    "a detector in a module": ("detector.", []),
     "semi-supervised": ("student.", ["teacher.backbone.conv1.weight"]),
     "CrossKD": ("", []),
     "teacher as a module": ("", ["teacher.backbone.conv1.weight", "teacher_model.neck.x"]),
@@ -117,6 +157,14 @@ def test_wrapped_students(prefix, more):
     converted = convert(wrapped)
     assert converted.tensors.keys() == convert(plain).tensors.keys()
     assert {k for k, why in converted.left_out.items() if why == "not the student's"} == set(more)
+
+
+def test_what_losses_and_a_moving_average_keep_is_left_out():
+    plain = full_size("retinanet_r18_fpn_1x_coco")
+    more = {"bbox_head.loss_cls.edges", "bbox_head.loss_bbox.acc_sum", "ema_backbone_bn1_weight"}
+    converted = convert({**plain, **{k: torch.zeros(1) for k in more}})
+    assert more < converted.left_out.keys()
+    assert converted.tensors.keys() == convert(plain).tensors.keys()
 
 
 def test_names_that_no_rule_knows_stay_and_are_found_left_over():
@@ -194,6 +242,13 @@ def tower(bias):
     state = {"bbox_head.cls_convs.1.conv.weight": torch.ones(2, 2, 3, 3)}
     state["bbox_head.cls_convs.1.gn.weight"] = torch.ones(2)
     return {**state, "bbox_head.cls_convs.1.conv.bias": torch.ones(2)} if bias else state
+
+
+@pytest.mark.parametrize("scale", [1.0, torch.ones(2)])
+def test_a_scale_is_one_number(scale):
+    state = {**full_size("gfl_r50_fpn_1x_coco"), "bbox_head.scales.4.scale": scale}
+    with pytest.raises(Unreadable, match="its 'bbox_head.scales.4.scale' is not one number"):
+        convert(state)
 
 
 def test_biases_before_group_norm():

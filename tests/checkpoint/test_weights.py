@@ -11,6 +11,7 @@ from toys import STUDENTS, detector
 
 from d2kd.checkpoint import load_teacher_weights, read_weights
 from d2kd.distillation import build_detector
+from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
 
 KEY = "DISTILL.TEACHER.WEIGHTS"
@@ -107,10 +108,21 @@ def test_the_file_of_another_detector(gfl):
 
 
 @needs_reference
-def test_files_of_mmdetection_1_are_refused(tmp_path, gfl):
-    path = changed("gfl", tmp_path, lambda file: file["meta"].update(mmdet_version="1.2.0"))
-    with pytest.raises(UserError, match="is of MMDetection 1.2.0.*upgrade_model_version.py"):
-        read_weights(gfl, path, KEY)
+def test_what_a_file_calls_its_version_does_not_matter(tmp_path, gfl):
+    """Files of MMDetection 2.0's model zoo call themselves 1.0rc1."""
+    version = {"mmdet_version": "1.0rc1+5f9f470"}
+    path = changed("gfl", tmp_path, lambda file: file["meta"].update(version))
+    assert read_weights(gfl, path, KEY) == []
+
+
+@needs_reference
+def test_another_shape_is_told(tmp_path):
+    cfg = config("gfl", ["MODEL.GFL.REG_MAX", 8, "MODEL.FPN.RELU_BEFORE_P7", True])
+    with pytest.raises(UserError, match="it does not fill 2 of the detector's") as error:
+        load_teacher_weights(build_detector(cfg), reference("gfl.pth"), cfg.INPUT.FORMAT)
+    shapes = "head.bbox_pred.weight is (68, 32, 3, 3) in the file, (36, 32, 3, 3) in the detector"
+    assert shapes in str(error.value)
+    assert "MODEL.FPN.RELU_BEFORE_P7 is True, in the file False" in str(error.value)
 
 
 @needs_reference
@@ -120,7 +132,10 @@ def test_settings_of_the_file_are_those_of_the_detector(name):
     text = load_teacher_weights(
         build_detector(cfg), reference(f"{name}.pth"), cfg.INPUT.FORMAT, SHAPES
     )
-    assert text.endswith(", verified: pixels, strides, P6 and P7, boxes, classes")
+    assert ", verified: pixels, strides, FPN, " in text and text.endswith(", classes")
+    assert ("anchors, boxes" in text) == (name in ("retinanet", "atss", "faster_rcnn"))
+    assert ("head" in text) == (name in ("fcos", "atss", "gfl"))
+    assert ("regions" in text) == (name == "faster_rcnn") and "unverified" not in text
 
 
 WRONG = {
@@ -129,11 +144,32 @@ WRONG = {
     "INPUT.FORMAT": ("gfl", ["INPUT.FORMAT", "BGR"]),
     "MODEL.RESNETS.STRIDE_IN_1X1": ("gfl", ["MODEL.RESNETS.STRIDE_IN_1X1", True]),
     "MODEL.FPN.RELU_BEFORE_P7": ("gfl", ["MODEL.FPN.RELU_BEFORE_P7", True]),
-    "BBOX_REG_WEIGHTS": ("atss", ["MODEL.ATSS.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)]),
+    "MODEL.ATSS.BBOX_REG_WEIGHTS": ("atss", ["MODEL.ATSS.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)]),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": (
         "retinanet",
         ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.4, 1.0, 2.5]]],
     ),
+    "MODEL.RETINANET.BBOX_REG_WEIGHTS": (
+        "retinanet",
+        ["MODEL.RETINANET.BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0)],
+    ),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (
+        "faster_rcnn",
+        ["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)],
+    ),
+    "MODEL.RPN.BBOX_REG_WEIGHTS": (
+        "faster_rcnn",
+        ["MODEL.RPN.BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0)],
+    ),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": (
+        "faster_rcnn",
+        ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"],
+    ),
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": (
+        "faster_rcnn",
+        ["MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 2],
+    ),
+    "MODEL.ANCHOR_GENERATOR.OFFSET": ("retinanet", ["MODEL.ANCHOR_GENERATOR.OFFSET", 0.5]),
     "MODEL.ANCHOR_GENERATOR.SIZES": (
         "faster_rcnn",
         ["MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]],
@@ -151,7 +187,47 @@ def test_another_setting_is_refused_by_its_key(key):
             build_detector(cfg), reference(f"{name}.pth"), cfg.INPUT.FORMAT, SHAPES
         )
     differences = str(error.value).split("than the detector has: ")[1].split("; ")
-    assert len(differences) == 1 and differences[0].startswith(f"{key} is ")
+    assert len(differences) == 2 and differences[0].startswith(f"{key} is ")
+    assert differences[1] == "set the keys as in the file"
+
+
+# In the config of a file, what no key of Detectron2 can be set to
+OTHER = {
+    "upsampling of the FPN": ("gfl", "num_outs=5", "num_outs=5, upsample_cfg=dict(mode='area')"),
+    "groups of the head's GroupNorm": (
+        "fcos",
+        "type='FCOSHead'",
+        "{}, norm_cfg=dict(num_groups=16)",
+    ),
+    "options of FCOS's head": ("fcos", "type='FCOSHead'", "{}, centerness_on_reg=True"),
+    "coders of the boxes": ("retinanet", "type='DeltaXYWHBBoxCoder'", "type='TBLRBBoxCoder'"),
+    "means of the box deltas": ("atss", "target_means=[0.0, ", "target_means=[0.1, "),
+    "kind of the anchors": ("retinanet", "type='AnchorGenerator'", "type='LegacyAnchorGenerator'"),
+}
+
+
+@needs_reference
+@pytest.mark.parametrize("name", OTHER)
+def test_what_no_key_sets_is_refused(name, tmp_path):
+    detector, old, new = OTHER[name]
+
+    def change(file):
+        assert old in file["meta"]["cfg"]
+        file["meta"]["cfg"] = file["meta"]["cfg"].replace(old, new.format(old))
+
+    path, cfg = changed(detector, tmp_path, change), config(detector)
+    with pytest.raises(UserError, match=rf": {name} is .*; no key sets the {name}: give another"):
+        load_teacher_weights(build_detector(cfg), path, cfg.INPUT.FORMAT, SHAPES)
+
+
+@needs_reference
+def test_what_the_config_of_a_file_leaves_out_is_unverified(tmp_path):
+    def change(file):
+        file["meta"]["cfg"] = file["meta"]["cfg"].replace("bbox_coder=", "of_another_version=")
+
+    path, cfg = changed("faster_rcnn", tmp_path, change), config("faster_rcnn")
+    text = load_teacher_weights(build_detector(cfg), path, cfg.INPUT.FORMAT, SHAPES)
+    assert text.endswith("FPN, anchors, regions, classes; unverified: boxes")
 
 
 @needs_reference
@@ -191,6 +267,21 @@ def test_what_a_file_does_not_say_is_unverified(tmp_path, gfl):
     assert text.endswith(", verified: classes; unverified: pixels")
     text = load_teacher_weights(gfl, reference("gfl.pth"), "RGB")
     assert text.endswith("; unverified: classes")
+
+
+@needs_reference
+def test_a_student_that_starts_from_other_settings_gets_a_warning(tmp_path, toy_dataset, caplog):
+    train, val = toy_dataset
+    start = ["MODEL.WEIGHTS", reference("gfl.pth"), "MODEL.DEVICE", "cpu"]
+    data = ["DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,)]
+    start += ["OUTPUT_DIR", str(tmp_path), "MODEL.GFL.NUM_CLASSES", 6]
+    for name, opts in (("same", []), ("other", ["MODEL.RESNETS.STRIDE_IN_1X1", True])):
+        trainer = DistillTrainer(config("gfl", [*start, *data, *opts]))
+        caplog.clear()
+        trainer.resume_or_load(resume=False)
+        told = [r.getMessage() for r in caplog.records if "Training starts from" in r.getMessage()]
+        assert len(told) == (name == "other"), name
+    assert "STRIDE_IN_1X1 is True, in the file False; set the keys as in the file" in told[0]
 
 
 def test_files_of_detectron2_say_nothing(tmp_path, caplog):
