@@ -11,9 +11,7 @@ from toys import AS_LOADED, STUDENTS
 
 from d2kd.checkpoint import write_student_yaml
 from d2kd.checkpoint.weights import checksum
-from d2kd.data.loader import ResumableLoader
 from d2kd.distillation import build_model
-from d2kd.engine import DistillTrainer
 
 # A queue, a parameter that does not decay, random regions
 GDETKD = ["DISTILL.GDETKD.PROPOSALS_FROM", "teacher", "DISTILL.GDETKD.QUEUE_SIZE", 500]
@@ -69,11 +67,6 @@ def test_terms_and_weights_are_logged(tmp_path, toy_dataset):
         cfg.DISTILL.FRS.FEATURE.WEIGHT * 19 / 40
     )
     assert {f"distill/frs_feature/level{i}" for i in range(5)} <= set(logged)
-
-
-def test_resumed_loader_is_lazy(tmp_path, toy_dataset):
-    loader = DistillTrainer.build_train_loader(run_config(tmp_path / "a", "FCOS", toy_dataset))
-    assert isinstance(loader, ResumableLoader)
 
 
 STOCK = """
