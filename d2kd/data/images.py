@@ -15,9 +15,8 @@ from d2kd.errors import UserError, reason
 # Pillow's modes of more than 8 bits per channel, of which Detectron2 makes white where they exceed
 # 255. (A colour PNG of 16 bits is none of these: Pillow keeps its upper 8.)
 _DEEP = ("I", "F")
-_EXIF_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
-
+EXIF_ORIENTATION = 0x0112  # the tag
+SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 
 # Of the files that are looked for in a folder of images
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -101,7 +100,7 @@ def check_image(entry: Mapping[str, Any]) -> Optional[ImageProblem]:
 def _unreadable_or_odd(path: str, entry: Mapping[str, Any]) -> Optional[ImageProblem]:
     try:
         with PathManager.open(path, "rb") as f, Image.open(f) as image:
-            orientation, raw = image.getexif().get(_EXIF_ORIENTATION, 1), image.size
+            orientation, raw = image.getexif().get(EXIF_ORIENTATION, 1), image.size
         height, width = read_image(path, "BGR").shape[:2]
     except UnidentifiedImageError:
         return ImageProblem("file that is no image", "is no image that Pillow knows")
@@ -121,7 +120,7 @@ def _unreadable_or_odd(path: str, entry: Mapping[str, Any]) -> Optional[ImagePro
 
 def _other_size(found: tuple, expected: tuple, raw: tuple, orientation: int) -> ImageProblem:
     sizes = f"is {found[0]} x {found[1]}, its annotations say {expected[0]} x {expected[1]}"
-    if orientation in _SIDEWAYS and expected == raw:
+    if orientation in SIDEWAYS and expected == raw:
         text = (
             f"{sizes}, the size before its EXIF orientation {orientation} is applied: turn the "
             "pixels and remove the tag, or annotate the upright image"

@@ -11,12 +11,10 @@ import yaml
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from d2kd.data.images import ENDINGS
+from d2kd.data.images import ENDINGS, EXIF_ORIENTATION, SIDEWAYS
 from d2kd.errors import UserError
 from d2kd.safe_yaml import plain_yaml
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_ON_THEIR_SIDE = (5, 6, 7, 8)  # its values that swap width and height
 _TEXT = "utf-8-sig"  # UTF-8, with a byte-order mark or without, as editors of Windows write it
 
 
@@ -132,7 +130,7 @@ def _size(image: str) -> Tuple[int, int]:
     """Width and height of the upright image; its pixels are not read."""
     with Image.open(image) as opened:
         width, height = opened.size
-        turned = opened.getexif().get(_ORIENTATION) in _ON_THEIR_SIDE
+        turned = opened.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
     return (height, width) if turned else (width, height)
 
 
