@@ -21,8 +21,8 @@ from d2kd.checkpoint import load_trained_weights
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.distillation.teacher import TeacherPass
+from d2kd.engine.results import METRICS
 from d2kd.errors import UserError
-from d2kd.evidence.runs import METRICS
 from d2kd.evidence.tables import evaluate
 from d2kd.views import Recorder, StudentView
 

@@ -141,6 +141,11 @@ def _lazy_teacher(path: str, opts: Sequence, weights: str) -> TeacherSource:
     return TeacherSource(detector, mapper.get("image_format", "BGR"), weights)
 
 
+def million_parameters(detector: nn.Module) -> float:
+    """How many parameters a detector has, in millions, frozen ones included."""
+    return sum(p.numel() for p in detector.parameters()) / 1e6
+
+
 def refuse_missing_weights(cfg: CfgNode, weights: str) -> None:
     """
     Args:

@@ -9,6 +9,7 @@ from d2kd.methods.core import loss_name
 from d2kd.views import Family, Read, Reads
 from d2kd.views.families import BRANCHES
 
+from .detectors import million_parameters
 from .teacher import Teacher
 
 PAIR_HEADERS = ("", "teacher", "student", "")
@@ -84,10 +85,9 @@ def _words(reads: Sequence[Read]) -> str:
 
 
 def _facts(family: Family, input_format: str) -> Dict[str, object]:
-    parameters = sum(p.numel() for p in family.detector.parameters())
     return {
         "architecture": family.name,
-        "parameters": f"{parameters / 1e6:.2f} M",
+        "parameters": f"{million_parameters(family.detector):.2f} M",
         "classes": family.num_classes,
         "channel order": input_format,
         "pixel mean": _numbers(family.pixels.mean),

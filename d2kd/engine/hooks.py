@@ -19,11 +19,12 @@ from d2kd.layers.timing import mean_seconds
 from d2kd.methods.core import scalar_name
 
 from .metrics import LOG_PERIOD
+from .results import METRICS
 
 logger = logging.getLogger(__name__)
 
 # How the names of Detectron2's metrics of detection end
-_MEASURED = ("/AP", "/AP50", "/AP75")
+_MEASURED = tuple(f"/{metric}" for metric in METRICS)
 
 
 class ScheduleHook(HookBase):

@@ -4,6 +4,7 @@ from typing import List, Mapping, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
+METRICS = ("AP", "AP50", "AP75")  # of an evaluation, those that are compared and shown
 PER_CLASS = "AP-"  # what Detectron2 calls the AP of a class, with its name behind
 _CLASSES_PER_ROW = 4
 # As many as are shown; a table of 1203 classes is for the file

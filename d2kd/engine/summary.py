@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from d2kd.checkpoint import BEST_WEIGHTS, EMA_WEIGHTS, STUDENT_PROGRAM, STUDENT_YAML
+from d2kd.distillation.detectors import million_parameters
 from d2kd.lazy import is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.student_config import needs_d2kd
@@ -50,7 +51,7 @@ def _source(cfg: CfgNode) -> str:
 def _student(trainer: DistillTrainer) -> str:
     family = find_family(trainer.student)
     name = family.name if family else type(trainer.student).__name__
-    millions = sum(p.numel() for p in trainer.student.parameters()) / 1e6
+    millions = million_parameters(trainer.student)
     start = trainer.cfg.MODEL.WEIGHTS or "random weights"
     if trainer.start_iter:
         start = trainer.checkpointer.get_checkpoint_file()

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
+from d2kd.distillation.detectors import million_parameters
 from d2kd.engine.versions import recorded_versions
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
@@ -78,8 +79,7 @@ def _made_with(starts: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 
 def parameters(config_file: str, opts: Sequence = ()) -> float:
     """Millions of parameters of the student that a config describes."""
-    student = student_family(read_config(config_file, opts)).detector
-    return sum(p.numel() for p in student.parameters()) / 1e6
+    return million_parameters(student_family(read_config(config_file, opts)).detector)
 
 
 def by_label(cells: Sequence[Cell]) -> Dict[str, List[Cell]]:

@@ -20,6 +20,7 @@ from d2kd.command import train_command
 from d2kd.config import read_config
 from d2kd.distillation import distilled_methods, refuse_missing_weights
 from d2kd.engine.metrics import read_metrics
+from d2kd.engine.results import METRICS
 from d2kd.engine.run_config import config_file
 from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
@@ -28,7 +29,6 @@ from d2kd.pairing.pair import build_on_meta
 
 from .rows import Row, folder_of
 
-METRICS = ("AP", "AP50", "AP75")
 SUMMARY = "summary.json"
 _LAST_LINES = 30  # of a run that failed
 _POLL_SECONDS = 1.0

@@ -11,11 +11,12 @@ from torch import nn
 
 from d2kd.checkpoint import written_whole
 from d2kd.engine import DistillTrainer
+from d2kd.engine.results import METRICS
 
 from .cells import Cell, by_label, cell_of, write_cells
 from .figures import draw_rows
 from .rows import Row, labels_of
-from .runs import METRICS, train_rows
+from .runs import train_rows
 
 # What a comparison leaves in its folder, beside the runs
 TABLE, CELLS, FIGURE = "table.md", "cells.json", "figure.png"

@@ -8,7 +8,9 @@ import jinja2
 import d2kd
 from d2kd.checkpoint import written_whole
 from d2kd.distillation import TeacherStudent, fill_from_run
+from d2kd.distillation.detectors import million_parameters
 from d2kd.distillation.pair_report import LOSS_HEADERS, PAIR_HEADERS, loss_rows, pair_rows
+from d2kd.engine.results import METRICS
 from d2kd.engine.runs import TrainedRun
 from d2kd.errors import UserError
 from d2kd.views import build_family
@@ -24,8 +26,6 @@ REPORT = "report.html"
 GENERATOR = "d2kd report"
 NUM_DETECTIONS = 4  # images on which detections are shown
 NUM_LOOKS = 2  # images on which it is shown what methods looked at
-
-_METRICS = ("AP", "AP50", "AP75")
 
 
 class Table(NamedTuple):
@@ -137,12 +137,12 @@ def _tables(pair: Pair) -> List[Optional[Table]]:
 
 
 def _summary(facts: Sequence[RunFacts], task: str) -> Table:
-    headers = [task, *(f"{m} at the end" for m in _METRICS), "gain in AP", "best AP", "after"]
+    headers = [task, *(f"{m} at the end" for m in METRICS), "gain in AP", "best AP", "after"]
     return Table(headers, [_summary_row(f, facts, task) for f in facts])
 
 
 def _summary_row(facts: RunFacts, everyone: Sequence[RunFacts], task: str) -> List[str]:
-    last = [_number(facts.last(f"{task}/{metric}")) for metric in _METRICS]
+    last = [_number(facts.last(f"{task}/{metric}")) for metric in METRICS]
     best = facts.best(f"{task}/AP")
     found = [_number(best[1]), f"{best[0]} iterations"] if best else ["", ""]
     name = f"{facts.name}{facts.state(f'{task}/AP')}"
@@ -232,12 +232,8 @@ def _cost_row(facts: RunFacts, model: Optional[TeacherStudent]) -> List[str]:
     parts = ("total", "data", "student", "teacher", "distillation")
     return [
         facts.name,
-        f"{_millions(facts.run.student('cpu')):.2f}",
-        f"{_millions(model.teacher.detector):.2f}" if model else "",
+        f"{million_parameters(facts.run.student('cpu')):.2f}",
+        f"{million_parameters(model.teacher.detector):.2f}" if model else "",
         *(_number(seconds.get(part), 3) for part in parts),
         _number(memory, 0),
     ]
-
-
-def _millions(detector) -> float:
-    return sum(p.numel() for p in detector.parameters()) / 1e6
