@@ -1,6 +1,7 @@
 """Imports go one way, and every package can be imported first."""
 
 import ast
+import graphlib
 import os
 import pkgutil
 import subprocess
@@ -64,6 +65,19 @@ def test_imports_go_down_or_sideways(path):
         assert at_top, f"{path}:{line} imports {name} inside a function"
         if len(parts) > 1 and parts[1] != "__version__":
             assert HEIGHT[parts[1]] <= height, f"{path}:{line} imports {name}, which is above it"
+
+
+def test_packages_of_a_row_do_not_import_each_other_in_a_circle():
+    rows = {}  # package -> those beside it that it imports
+    for path in FILES:
+        name = package_of(path)
+        imported = {module.split(".")[1] for _, module, _ in imports_of(path) if "." in module}
+        beside = {x for x in imported if HEIGHT.get(x) == HEIGHT.get(name, -1)} - {name}
+        rows.setdefault(name, set()).update(beside)
+    try:
+        tuple(graphlib.TopologicalSorter(rows).static_order())
+    except graphlib.CycleError as circle:
+        pytest.fail(f"these import each other: {' <- '.join(circle.args[1])}")
 
 
 def test_every_package_has_a_layer():

@@ -7,8 +7,8 @@ from detectron2.config import CfgNode
 
 from d2kd.config import read_config
 from d2kd.distillation import declared_reads
+from d2kd.distillation.detectors import student_family
 from d2kd.errors import UserError
-from d2kd.pairing.pair import student_family
 from d2kd.views import Family, Read
 
 # One of each kind; by the name of its architecture in tables

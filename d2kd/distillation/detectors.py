@@ -17,6 +17,7 @@ from d2kd.errors import UserError, building, nearest
 from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
 from d2kd.model_zoo import resolve_config, shipped_weights, trained_weights, zoo_weights
 from d2kd.modeling.backbone import check_p7
+from d2kd.views import Family, build_family
 
 
 class TeacherSource(NamedTuple):
@@ -139,6 +140,27 @@ def _lazy_teacher(path: str, opts: Sequence, weights: str) -> TeacherSource:
     mapper = lazy.get("dataloader", {}).get("train", {}).get("mapper", {})
     weights = weights or lazy.get("train", {}).get("init_checkpoint", "")
     return TeacherSource(detector, mapper.get("image_format", "BGR"), weights)
+
+
+def build_on_meta(cfg: CfgNode, teacher_opts: Sequence = ()) -> TeacherSource:
+    """The teacher of a config, of shapes alone.
+
+    Args:
+        cfg: of the student.
+        teacher_opts: further changes to the teacher's config, KEY VALUE ...
+    """
+    cfg = cfg.clone()
+    cfg.DISTILL.TEACHER.OPTS = [*cfg.DISTILL.TEACHER.OPTS, *teacher_opts]
+    with shapes_alone():
+        return build_teacher_detector(cfg)
+
+
+def student_family(cfg: CfgNode) -> Family:
+    """The family of a student, of shapes alone."""
+    cfg = cfg.clone()
+    cfg.MODEL.TIMM.PRETRAINED = False
+    with shapes_alone():
+        return build_family(build_architecture(cfg, "the student's config"))
 
 
 def million_parameters(detector: nn.Module) -> float:

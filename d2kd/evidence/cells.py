@@ -6,11 +6,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
-from d2kd.distillation.detectors import million_parameters
+from d2kd.distillation.detectors import million_parameters, student_family
 from d2kd.engine.versions import recorded_versions
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
-from d2kd.pairing.pair import student_family
 
 from .rows import Row
 from .runs import Run

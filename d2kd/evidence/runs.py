@@ -19,13 +19,13 @@ from d2kd.checkpoint import written_whole
 from d2kd.command import train_command
 from d2kd.config import read_config
 from d2kd.distillation import distilled_methods, refuse_missing_weights
+from d2kd.distillation.detectors import build_on_meta
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.results import METRICS
 from d2kd.engine.run_config import config_file
 from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import FINAL_WEIGHTS, config_name
-from d2kd.pairing.pair import build_on_meta
 
 from .rows import Row, folder_of
 

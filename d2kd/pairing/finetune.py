@@ -12,13 +12,14 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import newest_checkpoint
 from d2kd.command import train_command
 from d2kd.config import class_heads, read_config
+from d2kd.distillation.detectors import build_on_meta
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.one_line import exit_status
 from d2kd.views import build_family
 
-from .pair import Pair, build_on_meta
+from .pair import Pair
 from .recipe import described_datasets, merge, nested
 
 # The teacher is trained as the student is, but on pixels in its own channel order

@@ -9,8 +9,7 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
 from d2kd.data.classes import class_names_of, plain_name
-from d2kd.distillation import TeacherSource, build_teacher_detector
-from d2kd.distillation.detectors import build_architecture, shapes_alone
+from d2kd.distillation.detectors import build_on_meta, student_family
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
@@ -118,27 +117,6 @@ def _teacher_of(name: str) -> Tuple[str, str]:
         run = open_run(name)
         return run.student_file, run.weights
     return _config_of(name, "--teacher"), ""
-
-
-def build_on_meta(cfg: CfgNode, teacher_opts: Sequence = ()) -> TeacherSource:
-    """The teacher of a config, of shapes alone.
-
-    Args:
-        cfg: of the student.
-        teacher_opts: further changes to the teacher's config, KEY VALUE ...
-    """
-    cfg = cfg.clone()
-    cfg.DISTILL.TEACHER.OPTS = [*cfg.DISTILL.TEACHER.OPTS, *teacher_opts]
-    with shapes_alone():
-        return build_teacher_detector(cfg)
-
-
-def student_family(cfg: CfgNode) -> Family:
-    """The family of a student, of shapes alone."""
-    cfg = cfg.clone()
-    cfg.MODEL.TIMM.PRETRAINED = False
-    with shapes_alone():
-        return build_family(build_architecture(cfg, "the student's config"))
 
 
 def _teacher_names(cfg: CfgNode, teacher: Family, weights: str) -> Tuple[str, ...]:
