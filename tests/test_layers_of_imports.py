@@ -105,6 +105,12 @@ def test_every_package_can_be_imported_first():
     assert result.returncode == 0, result.stderr
 
 
+def test_the_backend_of_matplotlib_is_the_users():
+    # pyplot draws with one for the whole process; figures of ours need none.
+    users = [path for path in FILES if "pyplot" in path.read_text()]
+    assert not users
+
+
 def test_files_are_short():
     lengths = sorted(len(path.read_text().splitlines()) for path in FILES)
     assert lengths[len(lengths) // 2] <= 150

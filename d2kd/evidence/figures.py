@@ -2,16 +2,13 @@
 
 from typing import Dict, List
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from d2kd.checkpoint import written_whole
 from d2kd.labels import as_label
 
 from .cells import Cell
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def draw_rows(rows: Dict[str, List[Cell]], baseline: str, path: str) -> None:
@@ -22,7 +19,8 @@ def draw_rows(rows: Dict[str, List[Cell]], baseline: str, path: str) -> None:
         baseline: label of the row whose mean is a line through all of them.
         path: of the PNG.
     """
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(rows)))
+    figure = Figure(figsize=(7, 1 + 0.35 * len(rows)))
+    axes = figure.subplots()
     axes.axvline(_mean(rows[baseline]), color="0.6", linestyle="--", linewidth=1)
     for y, cells in enumerate(rows.values()):
         axes.plot([c.results["AP"] for c in cells], [y] * len(cells), "o", color="C0", alpha=0.5)
@@ -36,7 +34,6 @@ def draw_rows(rows: Dict[str, List[Cell]], baseline: str, path: str) -> None:
     figure.tight_layout()
     with written_whole(path, "wb") as f:
         figure.savefig(f, dpi=110, format="png")
-    plt.close(figure)
 
 
 def _mean(cells: List[Cell]) -> float:
