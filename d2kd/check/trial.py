@@ -43,12 +43,13 @@ def try_steps(cfg: CfgNode) -> Trial:
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.model.train()
-    with EventStorage(0) as trainer.storage:
-        losses, _, _ = _step(trainer, 0)
+    with EventStorage(0) as storage:
+        step = partial(_step, trainer, storage)
+        losses, _, _ = step(0)
         middle = cfg.SOLVER.MAX_ITER // 2
-        measured = [_step(trainer, middle + i) for i in range(_MEASURED)]
+        measured = [step(middle + i) for i in range(_MEASURED)]
         _, seconds, waiting = zip(*measured)
-        memory = peak_memory(lambda: _step(trainer, middle), cfg.MODEL.DEVICE)
+        memory = peak_memory(lambda: step(middle), cfg.MODEL.DEVICE)
     return Trial(
         losses,
         statistics.median(seconds),
@@ -58,11 +59,12 @@ def try_steps(cfg: CfgNode) -> Trial:
     )
 
 
-def _step(trainer: DistillTrainer, iteration: int) -> Tuple[Dict[str, float], float, float]:
+def _step(
+    trainer: DistillTrainer, storage: EventStorage, iteration: int
+) -> Tuple[Dict[str, float], float, float]:
     """Losses by name, seconds, seconds of waiting for data."""
-    trainer.iter = trainer.storage.iter = iteration
-    seconds = timed(trainer.run_step)
-    latest = {name: value for name, (value, _) in trainer.storage.latest().items()}
+    seconds = timed(partial(trainer.step_without_hooks, iteration, storage))
+    latest = {name: value for name, (value, _) in storage.latest().items()}
     losses = {name: value for name, value in latest.items() if name.startswith("loss_")}
     return losses, seconds, latest.get("data_time", 0.0)
 

@@ -19,7 +19,7 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -267,6 +267,17 @@ class DistillTrainer(DefaultTrainer):
         # the last bits of its gradient: a resumed process would differ from one that went on.
         with torch.jit.optimized_execution(False):
             self._in_one_line(self._run_finite_step)
+
+    def step_without_hooks(self, iteration: int, storage: EventStorage) -> None:
+        """One step outside of :meth:`train`: no hook logs, saves or schedules anything.
+
+        Args:
+            iteration: which one it is, for the schedules of the losses.
+            storage: the one that is open, for what the step logs.
+        """
+        self.storage, self.iter = storage, iteration
+        storage.iter = iteration
+        self.run_step()
 
     def _run_finite_step(self) -> None:
         try:

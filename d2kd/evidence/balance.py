@@ -43,8 +43,9 @@ def propose_weights(cfg: CfgNode, share: float, steps: int) -> List[Proposal]:
     cfg = cfg.clone()
     cfg.defrost()
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
-    with tempfile.TemporaryDirectory(prefix="d2kd_balance_") as cfg.OUTPUT_DIR:
-        set_up_logs(cfg.OUTPUT_DIR, rank=0)
+    with tempfile.TemporaryDirectory(prefix="d2kd_balance_") as folder:
+        cfg.OUTPUT_DIR = folder
+        set_up_logs(folder, rank=0)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=False)
         model = trainer.bare_model
@@ -66,16 +67,15 @@ def _ratios(trainer: DistillTrainer, model: TeacherStudent, steps: int) -> Dict[
     model.train()
     model.balance_period = 1
     found: Dict[tuple, List[tuple]] = {key: [] for key in model.schedules}
-    with EventStorage(0) as trainer.storage:
-        for trainer.iter in range(steps):
-            trainer.storage.iter = trainer.iter
-            trainer.run_step()
+    with EventStorage(0) as storage:
+        for iteration in range(steps):
+            trainer.step_without_hooks(iteration, storage)
             trainer.scheduler.step()
-            latest = trainer.storage.latest()
+            latest = storage.latest()
             for method, term in found:
-                value, iteration = latest.get(scalar_name(method, term, "gradient"), (0, -1))
-                if iteration == trainer.iter >= steps // 2:
-                    found[method, term].append((trainer.iter, value))
+                value, measured = latest.get(scalar_name(method, term, "gradient"), (0, -1))
+                if measured == iteration >= steps // 2:
+                    found[method, term].append((iteration, value))
     return found
 
 
