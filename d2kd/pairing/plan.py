@@ -42,18 +42,17 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         pair, choice = self.pair, self.choice
-        weights = pair.weights or "none"
         facts = [
             ("student", f"{pair.base}: {pair.student_family.name}, {pair.student_classes}"),
             ("teacher", f"{pair.teacher}: {pair.teacher_family.name}, {pair.teacher_classes}"),
-            ("", f"weights: {weights}"),
+            ("", f"weights: {pair.weights or 'none'}"),
             ("classes", self.note),
             ("method", f"{', '.join(choice.methods)}: {choice.reason}"),
             *(("", line) for line in self._values()),
-            ("", f"others that fit, with --method: {', '.join(choice.others)}"),
         ]
-        empty = ("", "others that fit, with --method: ")
-        return "\n".join(f"{k:9}{text}" for k, text in facts if text and (k, text) != empty)
+        if choice.others:
+            facts.append(("", f"others that fit, with --method: {', '.join(choice.others)}"))
+        return "\n".join(f"{name:9}{text}" for name, text in facts if text)
 
     def _values(self) -> List[str]:
         cfg = self.pair.cfg
