@@ -92,26 +92,14 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
             name: method(method.node_of(cfg), family, teacher.family)
             for name, method in distilled_methods(cfg).items()
         }
-        filled = [
-            line
-            for distiller in distillers.values()
-            for line in distiller.initialize_student(family, teacher.family)
-        ]
-    schedules = {
-        (name, term): _build_schedule(cfg, distiller, name, term)
-        for name, distiller in distillers.items()
-        for term in sorted(distiller.terms)
-    }
+        filled = _initialize_student(distillers, family, teacher.family)
+    schedules = _build_schedules(cfg, distillers)
     weights = {key: schedule.weight for key, schedule in schedules.items()}
-    values = {
-        name: distiller.source_of_values(distiller.node_of(cfg), cfg.MODEL.META_ARCHITECTURE)
-        for name, distiller in distillers.items()
-    }
+    sources = _sources_of_values(cfg, distillers)
     report = pair_report(
-        family, cfg.INPUT.FORMAT, teacher, distillers, reads, weights, filled, values
+        family, cfg.INPUT.FORMAT, teacher, distillers, reads, weights, filled, sources
     )
-    read = frozenset(read for r in reads.values() for read in r.teacher)
-    rebuilt = rebuild(teacher, family, read, _rebuild_options(cfg))
+    rebuilt = _rebuild(cfg, teacher, family, reads)
     logger.info(report + (f"\nThe teacher runs rebuilt: {rebuilt}" if rebuilt else ""))
     return {
         "student": student,
@@ -122,9 +110,34 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
     }
 
 
-def _rebuild_options(cfg: CfgNode) -> Options:
+def _initialize_student(
+    distillers: Mapping[str, Distiller], student: Family, teacher: Family
+) -> List[str]:
+    """Lets the methods fill weights of the student; a line of each that did, for the report."""
+    return [
+        line
+        for distiller in distillers.values()
+        for line in distiller.initialize_student(student, teacher)
+    ]
+
+
+def _sources_of_values(cfg: CfgNode, distillers: Mapping[str, Distiller]) -> Dict[str, str]:
+    """Where the values of each method's keys come from, for the report."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    return {
+        name: distiller.source_of_values(distiller.node_of(cfg), architecture)
+        for name, distiller in distillers.items()
+    }
+
+
+def _rebuild(
+    cfg: CfgNode, teacher: Teacher, student: Family, reads: Mapping[Tuple[str, str], Reads]
+) -> str:
+    """Rebuilds the teacher as the config says, and returns what was done."""
     node = cfg.DISTILL.TEACHER
-    return Options(node.PRECISION, node.FOLD_NORMS, node.CHANNELS_LAST, node.COMPILE)
+    options = Options(node.PRECISION, node.FOLD_NORMS, node.CHANNELS_LAST, node.COMPILE)
+    of_teacher = frozenset(read for asked in reads.values() for read in asked.teacher)
+    return rebuild(teacher, student, of_teacher, options)
 
 
 def declared_reads(cfg: CfgNode, student: Family, teacher: Family) -> Dict[Tuple[str, str], Reads]:
@@ -184,7 +197,18 @@ def _check_reads(
                 ) from why
 
 
-def _build_schedule(cfg: CfgNode, distiller: Distiller, name: str, term: str) -> TermSchedule:
+def _build_schedules(
+    cfg: CfgNode, distillers: Mapping[str, Distiller]
+) -> Dict[Tuple[str, str], TermSchedule]:
+    """The weight of every (method, term)."""
+    return {
+        (name, term): _build_schedule(cfg, distiller, term)
+        for name, distiller in distillers.items()
+        for term in sorted(distiller.terms)
+    }
+
+
+def _build_schedule(cfg: CfgNode, distiller: Distiller, term: str) -> TermSchedule:
     node = distiller.node_of(cfg)[term.upper()]
     given, levels = len(node.LEVEL_WEIGHTS), distiller.levels_of(term)
     if given not in (0, levels):
