@@ -255,10 +255,13 @@ def _fill_teacher(
         class_names_of(cfg.DATASETS.TRAIN),
         weights_on_classes(reads),
     )
-    return Teacher(
-        source.detector.to(student.device),
+    teacher = Teacher(
+        source.detector,
         input_format=source.input_format,
         weights=f"{source.weights}, {verdict}",
         student=student,
         student_format=cfg.INPUT.FORMAT,
     )
+    logger.info(f"Teacher: its weights have the checksum {teacher.checksum}")
+    teacher.detector.to(student.device)  # only now: a checksum on a GPU would copy every tensor
+    return teacher

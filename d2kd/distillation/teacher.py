@@ -53,7 +53,8 @@ class Teacher:
     ):
         """
         Args:
-            detector: any detector of a registered family.
+            detector: any detector of a registered family, best still on the CPU, where its
+                checksum is taken.
             input_format: the teacher's ``INPUT.FORMAT``.
             student: the student, whose preprocessing may be the same.
             student_format: the student's ``INPUT.FORMAT``, in which images arrive.
