@@ -227,7 +227,7 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
     with in_words_of(lazy=True):
         cfg.MODEL.META_ARCHITECTURE = _class_name(program.model, path)
         _use_defaults_of(cfg, cfg.MODEL.META_ARCHITECTURE)
-        with _in_one_line(cfg, f"{path} and {opts_key}" if opts else path):
+        with _yacs_errors_explained(cfg, f"{path} and {opts_key}" if opts else path):
             values = CfgNode(values_of(program))
             whole_numbers_as_floats(cfg, values)
             cfg.merge_from_other_cfg(values)
@@ -319,14 +319,14 @@ def _set_num_classes(cfg: CfgNode, number: int) -> None:
 
 
 def _merge(cfg: CfgNode, path: str, opts: Sequence, opts_key: str) -> None:
-    with _in_one_line(cfg, path):
+    with _yacs_errors_explained(cfg, path):
         _merge_file(cfg, path)
-    with _in_one_line(cfg, opts_key):
+    with _yacs_errors_explained(cfg, opts_key):
         cfg.merge_from_list(typed_opts(cfg, opts))
 
 
 @contextlib.contextmanager
-def _in_one_line(cfg: CfgNode, source: str) -> Iterator[None]:
+def _yacs_errors_explained(cfg: CfgNode, source: str) -> Iterator[None]:
     """Turns what yacs says of a source that is merged into a :class:`UserError`."""
     try:
         yield

@@ -40,7 +40,7 @@ def exit_status(signal_number: int) -> int:
 
 
 @contextlib.contextmanager
-def in_one_line(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def exit_on_user_error(debug: bool, is_first: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Ends the process with one line and status 1 for a :class:`UserError` or a file that cannot be
     used, with 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. (While it trains, a run has its own
     way to stop.)

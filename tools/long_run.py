@@ -23,7 +23,7 @@ from tabulate import tabulate
 from d2kd.config import read_config
 from d2kd.engine.launch import set_up_process
 from d2kd.engine.trainer import DistillTrainer
-from d2kd.one_line import in_one_line
+from d2kd.one_line import exit_on_user_error
 
 OPTS = {
     "INPUT.MIN_SIZE_TRAIN": "(64,)",
@@ -96,7 +96,7 @@ def main() -> None:
         sys.exit(f"error: give --steps of {20 * args.period} or more, 20 samples")
     torch.set_num_threads(1)
     sampler = Sampler(args.period)
-    with tempfile.TemporaryDirectory() as folder, in_one_line(False):
+    with tempfile.TemporaryDirectory() as folder, exit_on_user_error(False):
         opts = {**OPTS, "OUTPUT_DIR": folder, "SOLVER.MAX_ITER": str(args.steps)}
         cfg = read_config(args.config_file, [word for pair in opts.items() for word in pair])
         args.eval_only = False

@@ -19,7 +19,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence
 from d2kd import __version__
 from d2kd.command import use_script
 from d2kd.errors import nearest
-from d2kd.one_line import exit_status, in_one_line
+from d2kd.one_line import exit_on_user_error, exit_status
 
 
 class Command(NamedTuple):
@@ -110,7 +110,7 @@ def _overview() -> str:
 
 
 def _run(command: Command, words: List[str]) -> None:
-    with in_one_line(debug=False):  # Ctrl-C while Detectron2 and torch are imported
+    with exit_on_user_error(debug=False):  # Ctrl-C while Detectron2 and torch are imported
         module = module_of(command)
     parser = make_parser(command, module)
     with _said_once():
@@ -118,7 +118,7 @@ def _run(command: Command, words: List[str]) -> None:
     # How Detectron2 calls it; nothing that a user of d2kd could change
     warnings.filterwarnings("ignore", "torch.meshgrid")
     try:
-        with in_one_line(args.debug):
+        with exit_on_user_error(args.debug):
             module.run(args)
             if sys.stdout is not None:  # a process may be started without
                 sys.stdout.flush()

@@ -30,7 +30,7 @@ from d2kd.errors import UserError
 from d2kd.layers.memory import keep_freed_memory
 from d2kd.lazy import config_text, in_words_of, is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
-from d2kd.one_line import exit_status, in_one_line
+from d2kd.one_line import exit_on_user_error, exit_status
 
 from .holding import hold_folder
 from .logs import set_up_logs
@@ -186,13 +186,14 @@ def evaluate(cfg: CfgNode) -> dict:
 
 
 def _run_reporting(args: argparse.Namespace, cfg: CfgNode) -> None:
-    with in_one_line(args.debug), in_words_of(is_lazy(cfg)):
+    with exit_on_user_error(args.debug), in_words_of(is_lazy(cfg)):
         run(args, cfg)
 
 
 def _run_among(place: Place, store: dist.Store, args: argparse.Namespace, cfg: CfgNode) -> None:
     """:func:`_run_reporting` in one of several processes."""
-    with in_one_line(args.debug, partial(is_first_to_tell, store)), in_words_of(is_lazy(cfg)):
+    is_first = partial(is_first_to_tell, store)
+    with exit_on_user_error(args.debug, is_first), in_words_of(is_lazy(cfg)):
         run_joined(place, store, cfg, partial(run, args, cfg))
 
 

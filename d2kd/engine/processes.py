@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from d2kd.errors import UserError, reason
-from d2kd.one_line import in_one_line
+from d2kd.one_line import exit_on_user_error
 
 # What torchrun tells every process that it starts, in the order of Place
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -108,7 +108,7 @@ def _started(
         local_rank,
         args.num_gpus,
     )
-    with in_one_line(args.debug, lambda: local_rank == 0):
+    with exit_on_user_error(args.debug, lambda: local_rank == 0):
         store = _store(host, port, cfg)
     work(place, store, args, cfg)
 

@@ -1,10 +1,11 @@
 """DistillTrainer: Detectron2's ``DefaultTrainer`` for a teacher–student model or a plain one."""
 
+import contextlib
 import logging
 import os
 import signal
 from collections import OrderedDict
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict, Iterator, List
 
 import torch
 from detectron2.config import CfgNode
@@ -260,13 +261,15 @@ class DistillTrainer(DefaultTrainer):
         self.iter = self.storage.iter = done
         writers = getattr(self, "_writers", [])
         restore_metrics(folder, done, self._run_state.scalars, self.storage, writers)
-        self._in_one_line(lambda: [hook.after_step() for hook in self._hooks_behind_saving])
+        with self._errors_explained():
+            for hook in self._hooks_behind_saving:
+                hook.after_step()
 
     def run_step(self) -> None:
         # The scripted focal loss of Detectron2 is optimised after its first call, which changes
         # the last bits of its gradient: a resumed process would differ from one that went on.
-        with torch.jit.optimized_execution(False):
-            self._in_one_line(self._run_finite_step)
+        with torch.jit.optimized_execution(False), self._errors_explained():
+            self._run_finite_step()
 
     def step_without_hooks(self, iteration: int, storage: EventStorage) -> None:
         """One step outside of :meth:`train`: no hook logs, saves or schedules anything.
@@ -303,12 +306,15 @@ class DistillTrainer(DefaultTrainer):
             accumulated_step(self._trainer, batches)
 
     def after_step(self) -> None:
-        self._in_one_line(super().after_step)
+        with self._errors_explained():
+            super().after_step()
 
-    def _in_one_line(self, action: Callable[[], Any]) -> None:
+    @contextlib.contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        """What the user can fix is told as such, with the iteration in which it happened."""
         try:
             with as_user_error(self.cfg.OUTPUT_DIR):
-                action()
+                yield
         except EvaluationStopped:
             self.stop(SIGNALS_OF_PROCESS.received)
         except UserError as e:

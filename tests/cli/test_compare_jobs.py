@@ -12,7 +12,7 @@ from d2kd.errors import UserError
 from d2kd.evidence import runs
 from d2kd.evidence.rows import read_rows
 from d2kd.evidence.runs import train_rows
-from d2kd.one_line import in_one_line
+from d2kd.one_line import exit_on_user_error
 
 RECIPE = "shapes/frs/fcos_tiny.yaml"
 
@@ -103,7 +103,7 @@ def test_sigterm_ends_the_runs_before_it_ends_the_comparison(worker):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate).start()
-    with pytest.raises(SystemExit) as stop, in_one_line(debug=False):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error(debug=False):
         train_rows([(row, seed) for seed in (1, 2)], "out", jobs=2)
     assert stop.value.code == 143 and not list(worker.glob("ended *"))
     for seed in (1, 2):
