@@ -88,7 +88,7 @@ def choose(pair: Pair, methods: Sequence[str] = ()) -> Choice:
     refused: Dict[str, str] = {}
     for preference in PREFERENCES:
         name = preference.method
-        if not _comes_into_question(preference, pair):
+        if not _is_candidate(preference, pair):
             continue
         problem = problem_of(pair.cfg, [name], pair)
         if problem is None:
@@ -123,7 +123,7 @@ def problem_of(cfg: CfgNode, methods: Sequence[str], pair: Pair) -> Optional[str
     return None
 
 
-def _comes_into_question(preference: Preference, pair: Pair) -> bool:
+def _is_candidate(preference: Preference, pair: Pair) -> bool:
     method, architecture = preference.method, pair.cfg.MODEL.META_ARCHITECTURE
     return preference.kind in ("", pair.kind) and (
         not preference.published
