@@ -1,4 +1,4 @@
-"""How a command ends when the user can mend what is wrong: with one line, not with a traceback."""
+"""How a command ends when the user can fix what is wrong: with one line, not with a traceback."""
 
 import contextlib
 import logging

@@ -158,7 +158,7 @@ def work(seed: int, numbers: List[int], recipes: List[str], results: Connection)
 
 def outcomes(seed: int, numbers: List[int], recipes: List[str]) -> Iterator[Tuple[int, str, str]]:
     """Number, kind and what was said of some mutations, in a process of their own, which may die
-    or hang: then another one goes on behind the mutation that it was at."""
+    or hang: then another one goes on after the mutation that it was at."""
     while numbers:
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.Process(target=work, args=(seed, numbers, recipes, theirs))

@@ -52,7 +52,7 @@ def sample(folder: str) -> Dict[str, float]:
 
 
 class Sampler(HookBase):
-    """Takes a sample every so many steps; the time of a step is the median of those between. It is
+    """Takes a sample every few steps; the time of a step is the median of those between. It is
     the time of this process, which says the same on a busy machine."""
 
     def __init__(self, period: int):

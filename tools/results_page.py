@@ -163,7 +163,7 @@ def beside_plain(cells: List[Cell], cost: float, plain: Dict[int, Curve]) -> Bes
 
 
 def plain_over_time(detector: str, name: str) -> Dict[int, Curve]:
-    """By seed, how long the plain student was trained, in parts of the shortest run, and its AP.
+    """By seed, how long the plain student was trained, relative to the shortest run, and its AP.
 
     Args:
         detector, name: of the experiment that it is set beside. Rows called "<number> times as

@@ -196,7 +196,7 @@ def last_ap(run: TrainedRun) -> Optional[float]:
     if os.path.basename(run.weights) != FINAL_WEIGHTS:
         return None
     lines = read_metrics(run.folder, run.config().DATASETS.TEST)
-    # The evaluation at the end is logged behind the last step; a run may have been killed in it
+    # The evaluation at the end is logged after the last step; a run may have been killed in it
     ap = lines[-1].get(_AP, math.nan) if lines else math.nan
     return ap if math.isfinite(ap) else None
 

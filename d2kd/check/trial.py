@@ -15,7 +15,7 @@ from d2kd.engine import DistillTrainer
 from d2kd.engine.averaging import EMAHook
 from d2kd.evidence.profile import peak_memory, timed
 
-_MEASURED = 3  # steps, behind a first one, in which processes and caches start
+_MEASURED = 3  # steps, after a first one, in which processes and caches start
 _BATCHES = 4  # of the student's inference
 _MiB = 2**20
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=8.0,
         metavar="S",
-        help="of all terms together, in parts of the detection losses' gradient; default: 8",
+        help="of all terms together, as a multiple of the detection losses' gradient; default: 8",
     )
     parser.add_argument(
         "--steps", type=int, default=100, metavar="N", help="of the short run; default: 100"

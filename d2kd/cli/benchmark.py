@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("batch", load.batch, "images"),
         ("boxes", load.boxes, "objects per image"),
         ("rounds", load.rounds, "timings of each part"),
-        ("ops", 0, "show so many of torch's operations in which c spends its additional time"),
+        ("ops", 0, "show this many of torch's operations in which c spends its additional time"),
     ):
         parser.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{help}; default: {default}"

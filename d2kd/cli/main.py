@@ -64,7 +64,7 @@ def main(argv: Optional[Sequence[str]] = None, script: Optional[str] = None) -> 
     """Entry point of ``d2kd``; ends the process with a status other than 0 when something is wrong.
 
     Args:
-        argv: the words behind ``d2kd``; those of this process unless given.
+        argv: the words after ``d2kd``; those of this process unless given.
         script: the file that calls this, where it has imported methods or detectors from outside
             of d2kd: trainings in processes of their own are started with it.
     """

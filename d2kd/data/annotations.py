@@ -142,7 +142,7 @@ def _images(images: Sequence[Any], path: str, integers: bool) -> Iterator[Findin
             text += "a decimal point: write integers"
             yield Finding("image without a size", ERROR, path, text, image["id"])
     yield from _twice(images, path, "id", "images", "only one of them would be used")
-    consequence = "it would be learned so many times"
+    consequence = "it would be learned as often"
     yield from _twice(images, path, "file_name", "images", consequence, WARNING)
 
 

@@ -166,7 +166,7 @@ def check_evaluation(
 
 
 def _check_same_classes(train: str, test: str) -> None:
-    """A class that one of two sets lacks would shift the numbers of all classes behind it."""
+    """A class that one of two sets lacks would shift the numbers of all classes after it."""
     learned, tested = class_names_of([train]), class_names_of([test])
     if not learned or not tested or learned == tested:
         return

@@ -13,7 +13,7 @@ _TINY = 1e-12
 def gradient_ratios(
     detection: Tensor, terms: Dict[str, Tensor], levels: Sequence[Tensor]
 ) -> Dict[str, Tensor]:
-    """The norm of the gradient that each term sends to the FPN, in parts of the norm of what the
+    """The norm of the gradient that each term sends to the FPN, relative to the norm of what the
     detection losses send there. The graph stays for the backward pass of the step.
 
     Args:

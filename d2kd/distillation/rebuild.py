@@ -30,8 +30,8 @@ from .teacher import Teacher, TeacherPass
 
 logger = logging.getLogger(__name__)
 
-# The largest difference between two ways to compute the same outputs, in parts of the largest
-# output: what rounding in each precision stays below, and a mistake does not.
+# The largest difference between two ways to compute the same outputs, as a fraction of the
+# largest output: what rounding in each precision stays below, and a mistake does not.
 TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 # NVIDIA's convolutions may round their float32 inputs to 10 bits (TF32).
 _TF32_TOLERANCE = 1e-2
@@ -140,7 +140,7 @@ def _tolerance(teacher: Teacher) -> float:
 
 
 def _worst_error(loaded: Outputs, rebuilt: Outputs, tolerance: float) -> float:
-    """The largest difference, in parts of the largest number of its tensor.
+    """The largest difference, as a fraction of the largest number of its tensor.
 
     Raises:
         UserError: if it is above the tolerance.
@@ -187,7 +187,7 @@ def fold_frozen_norms(detector: nn.Module, observed: Collection[nn.Module] = ())
 
 
 def _pairs(detector: nn.Module) -> Iterator[Tuple[nn.Module, nn.Module, nn.Module, str]]:
-    """Every layer with the module behind it, the owner of that one, and its name there."""
+    """Every layer with the module after it, the owner of that one, and its name there."""
     for module in detector.modules():
         if isinstance(module, nn.Conv2d) and isinstance(getattr(module, "norm", None), nn.Module):
             yield module, module.norm, module, "norm"

@@ -21,7 +21,7 @@ _GLOO = ("gloo", "pair closure", "closed by peer", "reset by peer")
 
 @contextlib.contextmanager
 def as_user_error(output_dir: str) -> Iterator[None]:
-    """Turns what befalls a run from outside into a :class:`UserError`.
+    """Turns what happens to a run from outside into a :class:`UserError`.
 
     Args:
         output_dir: the run's folder.

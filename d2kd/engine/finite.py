@@ -88,7 +88,7 @@ class FiniteLosses:
 
     def origin(self) -> Optional[str]:
         """Which part of the last step was the first that is not finite; None if all is. A detector
-        may stop with any error at numbers that are none, before it comes to a loss.
+        may stop with any error at NaN or infinite values, before it comes to a loss.
 
         Among several processes modules are not looked at: it takes a step of all of them, and the
         others wait elsewhere.

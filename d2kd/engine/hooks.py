@@ -68,7 +68,7 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class BestHook(HookBase):
-    """Keeps the student of the best evaluation as ``model_best.pth``. Register it behind the
+    """Keeps the student of the best evaluation as ``model_best.pth``. Register it after the
     evaluation, on the main process.
 
     What the best one was stands in its file, not in the state of the run: a run that was killed

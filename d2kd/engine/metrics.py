@@ -75,7 +75,7 @@ def _put(storage: EventStorage, scalars: Scalars, iterations: range) -> None:
 
 
 def forget_lines(path: str, iteration: int) -> None:
-    """Cuts a file of metrics behind the last line of an iteration, a torn line included."""
+    """Cuts a file of metrics after the last line of an iteration, a torn line included."""
     if not os.path.isfile(path):
         return
     kept = 0

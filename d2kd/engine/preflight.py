@@ -33,8 +33,8 @@ def refuse_processes(cfg: CfgNode, local_count: int, count: int, training: bool)
     device, gpus = cfg.MODEL.DEVICE, torch.cuda.device_count()
     if device.startswith("cuda") and local_count > max(gpus, 1):
         raise UserError(
-            f"--num-gpus is {local_count}, but torch sees {gpus}: so many processes can run on a "
-            "CPU alone, with 'MODEL.DEVICE cpu' at the end of the command"
+            f"--num-gpus is {local_count}, but torch sees {gpus}: more processes than GPUs "
+            "can run on a CPU alone, with 'MODEL.DEVICE cpu' at the end of the command"
         )
     if device.startswith("cuda:") and count > 1:
         raise UserError(

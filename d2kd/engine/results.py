@@ -5,7 +5,7 @@ from typing import List, Mapping, Optional, Sequence, Tuple
 from tabulate import tabulate
 
 METRICS = ("AP", "AP50", "AP75")  # of an evaluation, those that are compared and shown
-PER_CLASS = "AP-"  # what Detectron2 calls the AP of a class, with its name behind
+PER_CLASS = "AP-"  # what Detectron2 calls the AP of a class, followed by its name
 _CLASSES_PER_ROW = 4
 # As many as are shown; a table of 1203 classes is for the file
 _MOST_CLASSES = 100
@@ -57,7 +57,7 @@ def history_of(
         lines: from :func:`~d2kd.engine.metrics.read_metrics`.
         max_iter: steps of the whole run.
     """
-    # Iterations count from 0; the evaluation behind the last one is logged as one more.
+    # Iterations count from 0; the evaluation after the last one is logged as one more.
     return [
         (min(int(line["iteration"]) + 1, max_iter), line[metric])
         for line in lines

@@ -70,7 +70,7 @@ SIGNALS_OF_PROCESS = Signals()
 
 class StopHook(HookBase):
     """Lets all processes of a run agree after each step whether to stop, and stops them. Register
-    it behind the checkpointer and before evaluation, which the resumed run makes up for."""
+    it after the checkpointer and before evaluation, which the resumed run makes up for."""
 
     def __init__(self, timeout: float):
         """

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step and behind its last one."""
+"""What a run says of itself before its first step and after its last one."""
 
 import os
 import shlex

@@ -153,15 +153,15 @@ class DistillTrainer(DefaultTrainer):
         stock = [self._of_student(hook) for hook in super().build_hooks()]
         if is_lazy(self.cfg):
             lazy_parts.limit_checkpoints(self.cfg, stock)
-        saving = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        at = next(i for i, hook in enumerate(stock) if isinstance(hook, saving))
-        behind = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
-        evaluation, *rest = stock[behind:]
-        self._hooks_behind_saving = [evaluation, *self._best_hook(), *rest]
+        either = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        saving = next(i for i, hook in enumerate(stock) if isinstance(hook, either))
+        evaluating = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
+        evaluation, *rest = stock[evaluating:]
+        self._hooks_after_saving = [evaluation, *self._best_hook(), *rest]
         schedule = [ScheduleHook(model)] if distilled else []
         cost = CostHook(model, batches)
-        before = [*schedule, cost, *average, *stock[:at], self._run_state, *stock[at:behind]]
-        return [*before, self._stop_hook, *self._hooks_behind_saving]
+        before = [*schedule, cost, *average, *stock[:saving], self._run_state]
+        return [*before, *stock[saving:evaluating], self._stop_hook, *self._hooks_after_saving]
 
     def _of_student(self, hook: HookBase) -> HookBase:
         """Statistics of norms are measured with the student alone: the passes are none of training,
@@ -225,7 +225,7 @@ class DistillTrainer(DefaultTrainer):
             )
 
     def is_finished(self) -> bool:
-        """Whether the run that is resumed has done all steps and the evaluation behind them."""
+        """Whether the run that is resumed has done all steps and the evaluation after them."""
         path = os.path.join(self.cfg.OUTPUT_DIR, METRICS_FILE)
         return self.start_iter >= self.max_iter and has_lines_from(path, self.max_iter)
 
@@ -262,7 +262,7 @@ class DistillTrainer(DefaultTrainer):
         writers = getattr(self, "_writers", [])
         restore_metrics(folder, done, self._run_state.scalars, self.storage, writers)
         with self._errors_explained():
-            for hook in self._hooks_behind_saving:
+            for hook in self._hooks_after_saving:
                 hook.after_step()
 
     def run_step(self) -> None:
@@ -326,7 +326,7 @@ class DistillTrainer(DefaultTrainer):
             with as_user_error(self.cfg.OUTPUT_DIR):
                 super().after_train()
         except UserError:
-            if not self._failed:  # else it has been said what befell the run
+            if not self._failed:  # else it has been said what happened to the run
                 raise
 
     def stop(self, signal_number: int) -> None:

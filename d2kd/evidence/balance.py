@@ -21,7 +21,7 @@ class Proposal(NamedTuple):
 
     key: str  # in the config
     weight: float  # as it is
-    ratio: float  # gradient norm at the FPN in parts of the detection losses', with this weight
+    ratio: float  # gradient norm at the FPN relative to the detection losses'
     proposed: float  # the weight that gives the share that was asked for
 
 
@@ -30,7 +30,7 @@ def propose_weights(cfg: CfgNode, share: float, steps: int) -> List[Proposal]:
 
     Args:
         cfg: of a recipe; nothing is written to its output folder.
-        share: that the gradients of all its terms together should have, in parts of the detection
+        share: that the gradients of all its terms together should have, relative to the detection
             losses', each term the same.
         steps: how many.
 

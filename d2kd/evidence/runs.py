@@ -210,7 +210,7 @@ class _Training:
         """Also of a run that was trained by a command of :func:`command`, on several GPUs say."""
         if self._has(SUMMARY):
             return True
-        # The evaluation at the end is logged behind the last step
+        # The evaluation at the end is logged after the last step
         ended = self._has(FINAL_WEIGHTS) and f"bbox/{METRICS[0]}" in (self._lines() or [{}])[-1]
         if ended:
             self._summarize(None)

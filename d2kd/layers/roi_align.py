@@ -86,7 +86,7 @@ def _line(low: Tensor, high: Tensor, bins: int, size: int) -> _Line:
     share = ((samples < count) & (at >= -1) & (at <= size)) / per_bin
     at = at.clamp(0, size - 1)
     before = at.floor().long()
-    weights = low.new_zeros(len(low), bins, size + 1)  # the last sample may have none behind it
+    weights = low.new_zeros(len(low), bins, size + 1)  # the last sample may have none after it
     weights.scatter_add_(2, before, (before + 1 - at) * share)
     weights.scatter_add_(2, before + 1, (at - before) * share)
     found = weights.nonzero(as_tuple=True)

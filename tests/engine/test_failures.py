@@ -1,4 +1,4 @@
-"""What befalls a run from outside, in one line."""
+"""What happens to a run from outside, in one line."""
 
 import errno
 

@@ -83,7 +83,7 @@ def test_an_evaluation_is_left_and_made_up_for(
 
 
 @pytest.mark.parametrize("place", ["save", "evaluate", "write"])
-def test_killed_behind_the_step(tmp_path, toy_dataset, whole, place, monkeypatch):
+def test_killed_after_the_step(tmp_path, toy_dataset, whole, place, monkeypatch):
     cfg = run_config(tmp_path / "killed", "FCOS", toy_dataset, ["TEST.EVAL_PERIOD", 3])
     other = run_config(tmp_path / "whole3", "FCOS", toy_dataset, ["TEST.EVAL_PERIOD", 3])
     train(other)

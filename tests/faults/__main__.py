@@ -24,7 +24,7 @@ from test_processes import processes_of, wait_for  # noqa: E402
 
 from d2kd.data.builtin import register_shapes  # noqa: E402
 
-# The rows of the page: malicious configs, refusals, numbers that are none, signals, processes
+# The rows of the page: malicious configs, refusals, NaN and infinite values, signals, processes
 TESTS = ("test_safe_yaml.py", "data/test_bad_images.py", "checkpoint/test_files.py") + tuple(
     f"engine/test_{name}.py" for name in ("start", "resume", "finite", "stopping", "processes")
 )

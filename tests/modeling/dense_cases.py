@@ -58,7 +58,7 @@ def array(key):
 
 
 def all_levels(key, dim=1):
-    """The tensors ``<key>_l0`` ... ``<key>_l4`` behind each other."""
+    """The tensors ``<key>_l0`` ... ``<key>_l4`` one after the other."""
     return torch.cat([array(f"{key}_l{level}") for level in LEVELS], dim=dim)
 
 
