@@ -16,7 +16,7 @@ import os
 from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
 from d2kd.errors import UserError
-from d2kd.evidence.maps import look
+from d2kd.evidence.maps import collect_maps
 from d2kd.evidence.pictures import draw
 
 from .arguments import add_overrides
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if not os.path.isdir(folder):
         raise UserError(f"--output: there is no folder '{folder}': make it first")
     cfg = read_config(args.config, args.opts)
-    looked = look(cfg)
+    found = collect_maps(cfg)
     with written_whole(args.output, "wb") as f:
-        draw(cfg, looked).savefig(f, format=ending[1:])
-    print(f"{args.output}: {looked}")
+        draw(cfg, found).savefig(f, format=ending[1:])
+    print(f"{args.output}: {found}")

@@ -112,7 +112,7 @@ class TeacherStudent(nn.Module):
         if not active:
             return self._touch_idle(self.student(batched_inputs), {}, active)
 
-        given, batched_inputs = batched_inputs, uploaded(batched_inputs, self.device)
+        given, batched_inputs = batched_inputs, batch_to_device(batched_inputs, self.device)
         watch = Stopwatch(self.device)
         self.step_times.append(watch)
         ours, theirs = self.active_reads(active)
@@ -141,15 +141,13 @@ class TeacherStudent(nn.Module):
             self._log_balance(own, distilled, list(student.levels.values()), storage)
         return self._touch_idle(own, distilled, active)
 
-    def _for_student(
-        self, given: List[Dict], uploaded_inputs: List[Dict], iteration: int
-    ) -> List[Dict]:
+    def _for_student(self, given: List[Dict], on_device: List[Dict], iteration: int) -> List[Dict]:
         """The inputs on the device; the ground truth as it was given in a step in which Detectron2
         draws it, which it can do on a CPU alone."""
         period = getattr(self.student, "vis_period", 0)
         if not period or iteration % period:
-            return uploaded_inputs
-        pairs = zip(uploaded_inputs, given)
+            return on_device
+        pairs = zip(on_device, given)
         return [{**ours, "instances": x["instances"]} for ours, x in pairs]
 
     def active_terms(self, iteration: int) -> Dict[str, FrozenSet[str]]:
@@ -213,7 +211,7 @@ class TeacherStudent(nn.Module):
         return losses
 
 
-def uploaded(batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
+def batch_to_device(batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
     """Images and ground truth on a device, once for student, teacher and methods; the host does not
     wait for the images to arrive.
 
@@ -222,12 +220,12 @@ def uploaded(batched_inputs: List[Dict], device: torch.device) -> List[Dict]:
         device: of the detectors.
     """
     return [
-        {**x, "image": _uploaded(x["image"], device), "instances": x["instances"].to(device)}
+        {**x, "image": _image_to_device(x["image"], device), "instances": x["instances"].to(device)}
         for x in batched_inputs
     ]
 
 
-def _uploaded(image: Tensor, device: torch.device) -> Tensor:
+def _image_to_device(image: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not image.is_cuda:
         image = image.pin_memory()  # from other memory, the copy waits
     return image.to(device, non_blocking=True)

@@ -29,7 +29,7 @@ class Attention(NamedTuple):
     weights: np.ndarray  # (L, R)
 
 
-class Looked(NamedTuple):
+class MethodMaps(NamedTuple):
     """What the methods of a recipe look at."""
 
     inputs: List[dict]  # a batch, as the training loader gives it
@@ -45,7 +45,7 @@ class Looked(NamedTuple):
         return ", ".join(parts)
 
 
-def look(cfg: CfgNode) -> Looked:
+def collect_maps(cfg: CfgNode) -> MethodMaps:
     """
     Args:
         cfg: of a recipe. Attention is learned: it is that of the checkpoint in ``MODEL.WEIGHTS``.
@@ -76,7 +76,7 @@ def look(cfg: CfgNode) -> Looked:
             f"another ({', '.join(with_maps)} do, and GDetKD with MATCH soft)"
         )
     strides = {x.name: x.stride for x in (*model.family.levels, *model.family.stages)}
-    return Looked(inputs, maps, strides, attention)
+    return MethodMaps(inputs, maps, strides, attention)
 
 
 def has_attention(model: TeacherStudent) -> bool:

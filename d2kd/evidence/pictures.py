@@ -15,19 +15,19 @@ from torch import Tensor
 
 from d2kd.labels import as_label
 
-from .maps import Attention, Looked
+from .maps import Attention, MethodMaps
 
 
-def draw(cfg: CfgNode, looked: Looked) -> Figure:
+def draw(cfg: CfgNode, found: MethodMaps) -> Figure:
     """One row per image and kind of maps, the image with its objects, then the map of every level;
     below, a row for the attention.
 
     Args:
         cfg: of the recipe.
-        looked: from :func:`~d2kd.evidence.maps.look`.
+        found: from :func:`~d2kd.evidence.maps.collect_maps`.
     """
-    maps, attention = looked.maps, looked.attention
-    rows = [(x, name, i) for i, x in enumerate(looked.inputs) for name in maps]
+    maps, attention = found.maps, found.attention
+    rows = [(x, name, i) for i, x in enumerate(found.inputs) for name in maps]
     columns = 1 + max([len(levels) for levels in maps.values()], default=1)
     height = len(rows) + (attention is not None)
     figure = Figure(figsize=(3 * columns, 3 * height), dpi=100)
@@ -39,7 +39,7 @@ def draw(cfg: CfgNode, looked: Looked) -> Figure:
         extent = (0, image.shape[1], image.shape[0], 0)
         row[0].imshow(_with_objects(cfg, image, x["instances"]), extent=extent)
         row[0].set_title(textwrap.fill(name, 26))
-        _draw_levels(row[1:], image, {k: x[i] for k, x in maps[name].items()}, looked.strides)
+        _draw_levels(row[1:], image, {k: x[i] for k, x in maps[name].items()}, found.strides)
     if attention is not None:
         _plot(attention, figure.add_subplot(axes[-1, 0].get_gridspec()[-1, :]))
     figure.tight_layout()
