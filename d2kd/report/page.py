@@ -17,7 +17,7 @@ from d2kd.views import build_family
 
 from .facts import RunFacts, facts_of
 from .figures import ap_curves, class_bars, loss_curves
-from .looks import Look, look
+from .gradient_maps import GradientMaps, gradient_maps
 from .models import Shown, detections, shown_images, teacher_student, with_objects
 from .pictures import SCORE, Grid, before_and_after, map_rows, side_by_side
 
@@ -25,7 +25,7 @@ REPORT = "report.html"
 # By it a page of ours is known
 GENERATOR = "d2kd report"
 NUM_DETECTIONS = 4  # images on which detections are shown
-NUM_LOOKS = 2  # images on which it is shown what methods looked at
+NUM_MAPPED = 2  # images on which it is shown what methods looked at
 
 
 class Table(NamedTuple):
@@ -108,7 +108,7 @@ def _content(facts: List[RunFacts]) -> Dict[str, Any]:
         "detections": pictures,
         "no_detections": why,
         "score": SCORE,
-        "looks": [(p.facts, *_or_reason(lambda p=p: _looks(p))) for p in pairs],
+        "looks": [(p.facts, *_or_reason(lambda p=p: _pictures_of_maps(p))) for p in pairs],
         "cost": _cost(facts, pairs),
     }
 
@@ -193,29 +193,30 @@ def _teachers(pairs: Sequence[Pair]) -> Dict[str, Pair]:
     return {"teacher" if alone else f"teacher of {p.facts.name}": p for p in first.values()}
 
 
-def _looks(pair: Pair) -> List[Pictures]:
+def _pictures_of_maps(pair: Pair) -> List[Pictures]:
     if pair.model is None:
         raise UserError(pair.missing)
     cfg = pair.facts.cfg
-    shown: Shown = shown_images(cfg, NUM_LOOKS)
+    shown: Shown = shown_images(cfg, NUM_MAPPED)
     inputs = with_objects(cfg, shown.dicts)
-    looks: Dict[str, Look] = {}
+    found: Dict[str, GradientMaps] = {}  # by checkpoint
     first = pair.facts.first_checkpoint()
     for path in filter(None, [first, pair.facts.run.weights]):
         fill_from_run(pair.model, path)
-        looks[os.path.basename(path)] = look(pair.model, inputs, cfg.SOLVER.MAX_ITER // 2)
-    strides = {name: s for x in looks.values() for name, s in x.strides.items()}
-    pulls = before_and_after(looks, lambda x: x.pulls)
-    own = before_and_after(looks, lambda x: x.own)
+        name = os.path.basename(path)
+        found[name] = gradient_maps(pair.model, inputs, cfg.SOLVER.MAX_ITER // 2)
+    strides = {name: s for x in found.values() for name, s in x.strides.items()}
+    pulls = before_and_after(found, lambda x: x.pulls)
+    own = before_and_after(found, lambda x: x.own)
     return [
-        Pictures(title, _values(title, looks), map_rows(cfg, inputs, times, strides))
+        Pictures(title, _values(title, found), map_rows(cfg, inputs, times, strides))
         for title, times in [*pulls.items(), *own.items()]
     ]
 
 
-def _values(loss: str, looks: Dict[str, Look]) -> str:
+def _values(loss: str, found: Dict[str, GradientMaps]) -> str:
     """The values of a loss on these images, by checkpoint."""
-    values = {time: x.values[loss] for time, x in looks.items() if loss in x.values}
+    values = {time: x.values[loss] for time, x in found.items() if loss in x.values}
     words = ", ".join(f"{value:.3g} with {time}" for time, value in values.items())
     return f"The loss on these images: {words}" if words else ""
 

@@ -15,7 +15,7 @@ from detectron2.utils.visualizer import Visualizer
 
 from d2kd.labels import as_label
 
-from .looks import Look, Maps
+from .gradient_maps import GradientMaps, Maps
 from .models import Shown
 
 SCORE = 0.3  # detections below are not drawn
@@ -116,12 +116,12 @@ def _address(image: np.ndarray, side: int) -> str:
 
 
 def before_and_after(
-    looks: Dict[str, Look], choose: Callable[[Look], Dict[str, Maps]]
+    found: Dict[str, GradientMaps], choose: Callable[[GradientMaps], Dict[str, Maps]]
 ) -> Dict[str, Dict[str, Maps]]:
     """By name, the maps of every time that has them; those that stay as they are, once."""
     times: Dict[str, Dict[str, Maps]] = {}
-    for time, look in looks.items():
-        for name, maps in choose(look).items():
+    for time, at_time in found.items():
+        for name, maps in choose(at_time).items():
             times.setdefault(name, {})[time] = maps
     return {
         name: {"": [*rows.values()][0]} if _same(rows) else rows for name, rows in times.items()

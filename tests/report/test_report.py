@@ -16,7 +16,7 @@ from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
 from d2kd.report import write_report
 from d2kd.report.facts import facts_of
-from d2kd.report.looks import look
+from d2kd.report.gradient_maps import gradient_maps
 from d2kd.report.pictures import before_and_after
 
 SECTIONS = ("pair", "ap", "classes", "losses", "detections", "looks", "cost", "config", "versions")
@@ -184,7 +184,7 @@ METHODS = {cell.method: cell for cell in reversed(all_cells())}
 @pytest.mark.parametrize("cell", METHODS.values(), ids=METHODS)
 def test_every_loss_pulls_somewhere(cell):
     model = build_cell([cell])
-    found = look(model, with_masks(batch(((96, 128), (80, 100)))), iteration=1000)
+    found = gradient_maps(model, with_masks(batch(((96, 128), (80, 100)))), iteration=1000)
     names = {f"loss_{cell.method}_{term}".lower() for term in cell.terms}
     assert set(found.pulls) == names == set(found.values)
     for maps in [*found.pulls.values(), *found.own.values()]:
@@ -198,7 +198,7 @@ def test_every_loss_pulls_somewhere(cell):
 
 @pytest.mark.parametrize("method", ["FRS", "DeFeat", "HGD"])
 def test_methods_that_weigh_places_show_it(method):
-    found = look(build_cell([METHODS[method]]), batch(), iteration=1000)
+    found = gradient_maps(build_cell([METHODS[method]]), batch(), iteration=1000)
     [(title, maps)] = found.own.items()
     assert title.startswith(f"{method}: ") and any(x.any() for x in maps.values())
 

@@ -21,7 +21,7 @@ from d2kd.views import Features, Read, Recorder, Stage, StudentView
 _SEED = 0
 
 
-class Look(NamedTuple):
+class GradientMaps(NamedTuple):
     """What one step showed."""
 
     pulls: Dict[str, Maps]  # by the name of the loss
@@ -30,7 +30,7 @@ class Look(NamedTuple):
     strides: Dict[str, int]  # of every level and stage that has maps
 
 
-def look(model: TeacherStudent, inputs: List[dict], iteration: int) -> Look:
+def gradient_maps(model: TeacherStudent, inputs: List[dict], iteration: int) -> GradientMaps:
     """One training step, without an update. Statistics of the model may change.
 
     Args:
@@ -45,7 +45,7 @@ def look(model: TeacherStudent, inputs: List[dict], iteration: int) -> Look:
     view = StudentView(model.family, reads, recorder, sizes, [])
     maps = _maps_of(view, reads)
     pulls = {name: _pulls(value, maps) for name, value in values.items()}
-    return Look(
+    return GradientMaps(
         {name: found for name, found in pulls.items() if found},
         {name: value.item() for name, value in values.items()},
         own,
