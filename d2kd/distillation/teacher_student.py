@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from d2kd.checkpoint import StudentCheckpointer
 from d2kd.errors import UserError
 from d2kd.layers import RandomStream, leaves
-from d2kd.layers.timing import Stopwatch
 from d2kd.methods import Distiller
 from d2kd.methods.core import Terms, TermSchedule, loss_name, scalar_name
 from d2kd.views import Read, Reads, Recorder, StudentView, build_family
@@ -20,6 +19,7 @@ from d2kd.views import Read, Reads, Recorder, StudentView, build_family
 from .balance import gradient_ratios
 from .build import build_teacher_student_parts
 from .teacher import Teacher, TeacherPass
+from .timing import Stopwatch
 
 Schedules = Dict[Tuple[str, str], TermSchedule]
 

@@ -27,13 +27,13 @@ from d2kd.data.classes import class_names_of
 from d2kd.data.described import register_described
 from d2kd.distillation import build_detector
 from d2kd.errors import UserError
-from d2kd.layers.memory import keep_freed_memory
 from d2kd.lazy import config_text, in_words_of, is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.one_line import exit_on_user_error, exit_status
 
 from .holding import hold_folder
 from .logs import set_up_logs
+from .memory import keep_freed_memory
 from .preflight import refuse_not_evaluated, refuse_processes, refuse_unusable
 from .processes import (
     Place,

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model, distilled_methods, save_random_teacher
 from d2kd.distillation.teacher import TeacherPass
+from d2kd.engine.memory import keep_freed_memory
 from d2kd.errors import UserError
-from d2kd.layers.memory import keep_freed_memory
 from d2kd.views import Recorder, Regions, RegionSet, StudentView, TeacherView
 
 from .profile import Step, additional, gflops, host_syncs, peak_memory, timed

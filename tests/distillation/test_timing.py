@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from d2kd.layers.timing import Stopwatch, mean_seconds
+from d2kd.distillation.timing import Stopwatch, mean_seconds
 
 
 def test_a_part_that_runs_twice_is_summed():
