@@ -28,6 +28,9 @@ PARTS = {
     "t": "the same, rebuilt",
     "c": "distillation step",
 }
+FORWARDS = ("b", "t")  # parts in which nothing is trained
+STANDARD_PARTS = ("a", "b", "c")  # whose ratios are published: t does b's work in another way
+_CPU = "CPU"  # with which the words for one begin
 # What a and b are measured with, whatever the recipe says
 AS_STOCK = (
     *("DISTILL.TEACHER.FOLD_NORMS", False, "DISTILL.TEACHER.CHANNELS_LAST", False),
@@ -106,6 +109,11 @@ class Costs(NamedTuple):
     operations: Dict[str, float]  # milliseconds of c beyond a and b; empty if not asked for
     methods: Tuple[str, ...] = ()  # that were at work
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it was measured on a CPU, where the host waits for nothing."""
+        return self.device.startswith(_CPU)
+
 
 def measure(
     case: Case, load: Load, beside: Sequence[Sequence[str]] = (), operations: bool = False
@@ -125,7 +133,7 @@ def measure(
     device = cfg.MODEL.DEVICE
     with EventStorage(cfg.SOLVER.MAX_ITER // 2):  # half-way, when warm-ups are over
         steps = _steps(case, load, beside)
-        training = [name for name in steps if name not in "bt"]
+        training = [name for name in steps if name not in FORWARDS]
         for step in steps.values():
             timed(step)
         seconds: Dict[str, List[float]] = {name: [] for name in steps}
@@ -135,9 +143,9 @@ def measure(
                 seconds[name].append(timed(steps[name]))
         memory = {name: peak_memory(steps[name], device) for name in training}
         syncs = {name: host_syncs(steps[name], device) for name in training}
-        work = {name: gflops(steps[name]) for name in "abc"}
+        work = {name: gflops(steps[name]) for name in STANDARD_PARTS}
         extra = additional(steps, device, load.rounds) if operations else {}
-    threads = f"CPU, {torch.get_num_threads()} threads"
+    threads = f"{_CPU}, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if device.startswith("cuda") else threads
     methods = tuple(distilled_methods(cfg))
     version = torch.__version__

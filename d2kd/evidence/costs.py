@@ -12,7 +12,7 @@ from tabulate import tabulate
 from d2kd.checkpoint import written_whole
 from d2kd.errors import UserError, reason
 
-from .benchmark import PARTS, Case, Costs, Load
+from .benchmark import PARTS, STANDARD_PARTS, Case, Costs, Load
 
 HEADERS = ["recipe", "c/a", "c/(a+b)", "c/(a+b) in FLOPs", "rebuilt/b", "memory c/a"]
 HEADERS += ["host syncs of c, of a"]
@@ -70,7 +70,7 @@ def costs_text(costs: Costs, most_operations: int = 0) -> str:
         f"teacher {ratio(costs, 't', 'b'):.3f} ± {quartile_spread(costs, 't', 'b'):.3f} of b"
     )
     lines.append(f"memory c/a {costs.memory['c'] / costs.memory['a']:.3f}")
-    if costs.device[:3] != "CPU":
+    if not costs.on_cpu:
         lines.append(f"host syncs {costs.syncs['c']} in c, {costs.syncs['a']} in a")
     if costs.operations:
         listed = [*costs.operations.items()][:most_operations]
@@ -87,7 +87,7 @@ def costs_markdown(all_costs: Sequence[Costs]) -> str:
         ratios = [f"{ratio(x, *of):.2f} ± {quartile_spread(x, *of):.2f}" for of, x in values]
         ratios.insert(2, f"{flops_ratio(costs):.2f}")
         memory = f"{costs.memory['c'] / costs.memory['a']:.2f}"
-        syncs = "" if costs.device[:3] == "CPU" else f"{costs.syncs['c']}, {costs.syncs['a']}"
+        syncs = "" if costs.on_cpu else f"{costs.syncs['c']}, {costs.syncs['a']}"
         label = f", {costs.case.label}" if costs.case.label else ""
         rows.append([f"`{costs.case.recipe}`{label}", *ratios, memory, syncs])
     without = None if any(row[-1] for row in rows) else -1
@@ -97,7 +97,7 @@ def costs_markdown(all_costs: Sequence[Costs]) -> str:
 def growth_text(key: str, values: Sequence[str], all_costs: Sequence[Costs]) -> str:
     """How seconds and memory grow with a load or a config key. A slope of 1 is growth in
     proportion, 0 is none."""
-    rows, numbers = [], {name: [] for name in ("a", "b", "c")}
+    rows, numbers = [], {name: [] for name in STANDARD_PARTS}
     for value, costs in zip(values, all_costs):
         medians = {name: statistics.median(costs.seconds[name]) for name in numbers}
         for name in numbers:
