@@ -40,6 +40,18 @@ def test_defaults_are_keys_of_the_method(name):
         assert method.source_of_values(node, architecture)
 
 
+@pytest.mark.parametrize("name", [name for name, _ in DISTILLER_REGISTRY])
+def test_a_weight_of_ones_own_has_no_source(name):
+    """Of every term, also those that default to the same for all kinds of student."""
+    method = DISTILLER_REGISTRY.get(name)
+    for architecture in method.defaults_of:
+        for term in method.all_terms():
+            node = method.default_config()
+            method.use_defaults_of(node, architecture)
+            node[term.upper()].WEIGHT = 7.0
+            assert method.source_of_values(node, architecture).startswith("as the config says, not")
+
+
 def test_overrides_come_before_defaults():
     given = ["DISTILL.FRS.CLS.WEIGHT", 0.25, "MODEL.META_ARCHITECTURE", "GFL"]
     node = config(STUDENTS["FCOS"], given).DISTILL.FRS

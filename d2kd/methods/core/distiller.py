@@ -165,16 +165,19 @@ class Distiller(nn.Module):
 
     @classmethod
     def source_of_values(cls, node: CfgNode, architecture: str) -> str:
-        """Where the values that differ by kind of student come from; "" if none do."""
+        """Where the weights of terms, and what else differs by kind of student, come from; "" if
+        nothing differs."""
         if not cls.defaults_of:
             return ""
         defaults = cls.defaults_for(architecture)
         if defaults is None:
             known = ", ".join(cls.defaults_of)
             return f"nobody's for {architecture}, search your own (there are some for {known})"
-        values, source = defaults
-        same = all(get_value(node, key) == value for key, value in values.items())
-        return source if same else f"as the config says, not {source}"
+        general = cls.default_config()
+        weights = [f"{term.upper()}.WEIGHT" for term in cls.all_terms()]
+        expected = {**{key: get_value(general, key) for key in weights}, **defaults.values}
+        same = all(get_value(node, key) == value for key, value in expected.items())
+        return defaults.source if same else f"as the config says, not {defaults.source}"
 
     @classmethod
     def all_terms(cls) -> Tuple[str, ...]:
