@@ -4,7 +4,7 @@ tests, each built once and run for a few steps."""
 import contextlib
 import copy
 import functools
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -154,9 +154,16 @@ class Step(NamedTuple):
     gradients: Dict[str, torch.Tensor]
 
 
-def run_steps(model, count: int = 2, backward: bool = True, **batch_options) -> List[Step]:
-    """Steps with learning rate 0 from the same random numbers. The scripted losses of Detectron2
-    run unoptimised, as their first call does: else it would differ from later ones."""
+def run_steps(
+    model,
+    count: int = 2,
+    backward: bool = True,
+    chosen: Callable[[str], bool] = lambda loss: True,
+    **batch_options,
+) -> List[Step]:
+    """Steps with learning rate 0 from the same random numbers, with the gradients of the chosen
+    losses. The scripted losses of Detectron2 run unoptimised, as their first call does: else it
+    would differ from later ones."""
     inputs = batch(SIZES, **batch_options)
     torch.manual_seed(5)
     model.train()
@@ -166,7 +173,7 @@ def run_steps(model, count: int = 2, backward: bool = True, **batch_options) -> 
             losses = model(with_masks(inputs))
             model.zero_grad(set_to_none=True)
             if backward:
-                sum(losses.values()).backward()
+                sum(value for name, value in losses.items() if chosen(name)).backward()
             steps.append(Step({k: v.detach() for k, v in losses.items()}, gradients(model)))
     return steps
 
