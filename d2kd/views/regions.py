@@ -6,6 +6,7 @@ K classes.
 """
 
 from functools import cached_property
+from itertools import accumulate
 from typing import List, NamedTuple, Optional, Sequence
 
 import torch
@@ -70,10 +71,13 @@ class RegionSet:
         Args:
             kept: per image, a bool for every region.
         """
-        anchors = self.anchors and [a[k] for a, k in zip(self.anchors, kept)]
-        boxes = [b[k] for b, k in zip(self.boxes, kept)]
-        classes = [c[k] for c, k in zip(self.classes, kept)]
-        rows = torch.cat(list(kept)).nonzero()[:, 0]  # found once, not per output
+        # The host waits here, once per image, and not for every tensor that is indexed
+        chosen = [k.nonzero()[:, 0] for k in kept]
+        anchors = self.anchors and [a[i] for a, i in zip(self.anchors, chosen)]
+        boxes = [b[i] for b, i in zip(self.boxes, chosen)]
+        classes = [c[i] for c, i in zip(self.classes, chosen)]
+        starts = accumulate(map(len, self.boxes), initial=0)
+        rows = torch.cat([start + i for start, i in zip(starts, chosen)])
         valid = None if self.valid is None else self.valid[rows]
         return RegionSet(boxes, classes, anchors, self, rows, valid)
 

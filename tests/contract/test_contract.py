@@ -26,7 +26,6 @@ from d2kd.checkpoint.weights import checksum
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.methods.core import Terms
 from d2kd.methods.gdetkd import imitation, regions
-from d2kd.views import RegionSet
 from d2kd.views.families import BoxHead
 from d2kd.views.families.dense import DenseFamily
 
@@ -250,14 +249,13 @@ def test_no_line_of_ours_makes_the_host_wait(run):
     assert not syncs.found
 
 
-# Detectron2's own matching, sampling, suppression and pooling wait for the device: what calls them
-# is left out.
+# Functions of d2kd that call Detectron2's matching, sampling, suppression and pooling, which wait
+# for the device: they are left out.
 CALL_DETECTRON2 = (
     (DenseFamily, "assign"),
     (BoxHead, "run"),
     (regions, "sample_predicted_boxes"),
     (imitation._RegionImitation, "pool"),
-    (RegionSet, "where"),
 )
 
 
