@@ -45,7 +45,7 @@ EXPECTED = {
     "PKD": tuple(STUDENTS),
 }
 # What makes methods small, as the detectors are: keys of their nodes
-OPTS = {"GDetKD": {"QUEUE_SIZE": 64}, "CrossKD": {"DEPTH": 1}}
+OPTS = {"GDetKD": {"QUEUE_SIZE": 100}, "CrossKD": {"DEPTH": 1}}
 SIZES = ((96, 128), (80, 100))
 BOXES = {
     "no objects": [[], []],

@@ -4,6 +4,8 @@ import pytest
 import torch
 from detectron2.structures import Boxes
 from gdetkd_cases import region_contrast
+from host_syncs import HostSyncs
+from torch import nn
 from torch.nn import functional as F
 
 from d2kd.layers import gather_over_gpus
@@ -233,20 +235,40 @@ def test_classes_by_hand():
     assert classification_kl(student[:0], teacher[:0]) == 0
 
 
+def in_order(queue):
+    """What a queue of one number per vector holds, oldest first."""
+    return queue.vectors.roll(-int(queue.next), dims=0).flatten().tolist()
+
+
 def test_queue_is_first_in_first_out():
     queue = VectorQueue(4, 1)
     queue.append(torch.tensor([[1.0], [2.0], [3.0]]))
-    assert queue.vectors.flatten().tolist() == [0, 1, 2, 3]
+    assert in_order(queue) == [0, 1, 2, 3]
     queue.append(torch.tensor([[4.0], [5.0]]))
-    assert queue.vectors.flatten().tolist() == [2, 3, 4, 5]
+    assert in_order(queue) == [2, 3, 4, 5]
     queue.append(torch.zeros(0, 1))
-    assert queue.vectors.flatten().tolist() == [2, 3, 4, 5]
+    assert in_order(queue) == [2, 3, 4, 5]
     queue.append(torch.arange(10.0)[:, None])
-    assert queue.vectors.flatten().tolist() == [6, 7, 8, 9]
-    restored = VectorQueue(4, 1)
-    restored.load_state_dict(queue.state_dict())
-    assert torch.equal(restored.vectors, queue.vectors)
+    assert in_order(queue) == [6, 7, 8, 9]
     assert queue.vectors.untyped_storage().nbytes() == 16
+
+
+def test_a_restored_queue_goes_on_where_it_was():
+    queue, restored = VectorQueue(4, 1), VectorQueue(4, 1)
+    queue.append(torch.arange(1.0, 7)[:, None])
+    queue.append(torch.tensor([[7.0]]))
+    restored.load_state_dict(queue.state_dict())
+    for one in (queue, restored):
+        one.append(torch.tensor([[8.0], [9.0]]))
+        assert in_order(one) == [6, 7, 8, 9]
+
+
+def test_the_host_need_not_know_where_the_queue_is():
+    queue = VectorQueue(4, 1)
+    with HostSyncs(nn.Identity()) as syncs:
+        queue.append(torch.ones(3, 1))
+        queue.append(torch.ones(3, 1))
+    assert not syncs.found
 
 
 def test_queue_stays_float32_without_gradient():

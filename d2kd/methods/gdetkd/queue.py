@@ -6,16 +6,15 @@ Shapes: M vectors of all processes in one step, Q places, d numbers per vector.
 import torch
 from torch import Tensor, nn
 
-# Vectors that are moved at once
-_CHUNK = 8192
-
 
 class VectorQueue(nn.Module):
-    """The last vectors of all processes, first in, first out.
+    """The last vectors of all processes, first in, first out. Buffers hold it: saved with the run,
+    and the same in every process.
 
     Attributes:
-        vectors: (Q, d) float32, oldest first; places that were never filled hold zeros. A buffer:
-            saved with the run. The same in every process.
+        vectors: (Q, d) float32; places that were never filled hold zeros.
+        next: the place of the oldest vector, which the next one takes; a scalar tensor, so that the
+            host need not know it.
     """
 
     def __init__(self, size: int, dim: int):
@@ -26,6 +25,7 @@ class VectorQueue(nn.Module):
         """
         super().__init__()
         self.register_buffer("vectors", torch.zeros(size, dim))
+        self.register_buffer("next", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def append(self, vectors: Tensor) -> None:
@@ -34,11 +34,9 @@ class VectorQueue(nn.Module):
             vectors: (M, d), newest last. The oldest make room for them.
         """
         size = len(self.vectors)
-        newest = vectors[max(len(vectors) - size, 0) :]
-        kept = size - len(newest)
-        # In place, chunk by chunk: a copy of the whole queue would be there twice.
-        for start in range(0, kept, _CHUNK):
-            end = min(start + _CHUNK, kept)
-            moved = self.vectors[start + len(newest) : end + len(newest)].clone()
-            self.vectors[start:end] = moved
-        self.vectors[kept:] = newest
+        if not size:
+            return
+        newest = vectors[-size:]
+        places = (self.next + torch.arange(len(newest), device=self.next.device)) % size
+        self.vectors.index_copy_(0, places, newest.to(self.vectors.dtype))
+        self.next.add_(len(newest)).remainder_(size)
