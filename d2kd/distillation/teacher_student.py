@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2kd.checkpoint import StudentCheckpointer
 from d2kd.errors import UserError
-from d2kd.layers import RandomStream, leaves
+from d2kd.layers import RandomStream, as_float, leaves
 from d2kd.methods import Distiller
 from d2kd.methods.core import Terms, TermSchedule, loss_name, scalar_name
 from d2kd.views import Read, Reads, Recorder, StudentView, build_family
@@ -136,7 +136,7 @@ class TeacherStudent(nn.Module):
             with watch.part("distillation"), distiller.random:
                 values = distiller(student, teacher, targets)
             distilled.update(self._weighted(name, values, storage.iter))
-            _log_diagnostics(values, storage)
+            _log_diagnostics(name, values, storage)
         if (storage.iter + 1) % self.balance_period == 0:
             self._log_balance(own, distilled, list(student.levels.values()), storage)
         return self._touch_idle(own, distilled, active)
@@ -191,9 +191,9 @@ class TeacherStudent(nn.Module):
     ) -> None:
         """Logs the :func:`gradient_ratios` of the terms of this step."""
         ratios = gradient_ratios(sum(own.values()), distilled, levels)
-        for key in self.last_terms if ratios else ():
-            ratio = ratios[loss_name(*key)].item()
-            storage.put_scalar(scalar_name(*key, "gradient"), ratio, smoothing_hint=False)
+        if ratios:
+            terms = self.last_terms
+            _log({scalar_name(*key, "gradient"): ratios[loss_name(*key)] for key in terms}, storage)
 
     def _touch_idle(
         self, own: Dict[str, Tensor], distilled: Dict[str, Tensor], active: Dict
@@ -231,13 +231,18 @@ def _image_to_device(image: Tensor, device: torch.device) -> Tensor:
     return image.to(device, non_blocking=True)
 
 
-def _log_diagnostics(values: Dict[str, Tensor], storage: EventStorage) -> None:
-    """Logs what a distiller can say of its step as ``distill/<name>``, now and then."""
-    if not isinstance(values, Terms) or values.diagnostics is None:
-        return
-    if (storage.iter + 1) % LOG_PERIOD == 0:
-        for name, value in values.diagnostics().items():
-            storage.put_scalar(f"distill/{name}", value.item(), smoothing_hint=False)
+def _log_diagnostics(method: str, values: Dict[str, Tensor], storage: EventStorage) -> None:
+    """Logs what a distiller can say of its step, now and then."""
+    if isinstance(values, Terms) and (storage.iter + 1) % LOG_PERIOD == 0:
+        for term, diagnostics in values.diagnostics.items():
+            _log({scalar_name(method, term, k): v for k, v in diagnostics().items()}, storage)
+
+
+def _log(scalars: Dict[str, Tensor], storage: EventStorage) -> None:
+    """Logs scalars by name. The host waits once for all of them."""
+    if scalars:
+        numbers = torch.stack([as_float(x.detach()) for x in scalars.values()]).tolist()
+        storage.put_scalars(smoothing_hint=False, **dict(zip(scalars, numbers)))
 
 
 def fill_from_run(model: TeacherStudent, path: str) -> None:

@@ -204,12 +204,12 @@ def test_diagnostics_are_shares_of_the_levels_that_are_weighted(tmp_path, opts, 
     numbers = diagnostics()
     many, one = sgfi.sides(student, teacher, regions_of(BOXES))
     weights = sgfi.weights(sgfi.level_pooler(many)(regions_of(BOXES).rois), one)
-    names = [f"gdetkd_sgfi/p{k}" for k in levels]
-    assert numbers.keys() == {*names, "gdetkd_sgfi/entropy", "gdetkd_sgfi/temperature"}
+    names = [f"p{k}" for k in levels]
+    assert numbers.keys() == {*names, "entropy", "temperature"}
     assert [numbers[x].item() for x in names] == pytest.approx(weights.mean(dim=1).tolist())
     entropy = -(weights * weights.log()).sum(dim=0).mean().item()
-    assert numbers["gdetkd_sgfi/entropy"].item() == pytest.approx(entropy, rel=1e-4)
-    assert numbers["gdetkd_sgfi/temperature"] == 1.0
+    assert numbers["entropy"].item() == pytest.approx(entropy, rel=1e-4)
+    assert numbers["temperature"] == 1.0
     assert not any(x.requires_grad for x in numbers.values())
 
 

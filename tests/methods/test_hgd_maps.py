@@ -242,12 +242,10 @@ def test_diagnostics_by_hand(macro):
         variances = model.log_variances.data.copy_(torch.tensor([1.0, -1.0]))
     terms = model(student, teacher, targets)
     losses = terms["feature"].detach()
-    logged = {name: value.item() for name, value in terms.diagnostics().items()}
+    logged = {name: value.item() for name, value in terms.diagnostics["feature"]().items()}
     assert len(logged) == 8
     for k, (name, stride) in enumerate((("res2", 4), ("res3", 8))):
-        numbers = [
-            logged[f"hgd_feature/{name}/{x}"] for x in ("loss", "macro", "max_micro", "on_objects")
-        ]
+        numbers = [logged[f"{name}/{x}"] for x in ("loss", "macro", "max_micro", "on_objects")]
         assert numbers[0] * numbers[1] / 2 == pytest.approx((losses - variances / 2)[k].item())
         if macro == "gap":
             assert numbers[1] == pytest.approx(stage_weights(model.gaps, 1)[k].item())

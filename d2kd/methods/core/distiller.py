@@ -37,6 +37,7 @@ batch (a list of Instances). It returns a dict from the name of each term to a t
 value per FPN level, of shape (L,), or a scalar. Weights and schedules are applied by the caller.
 """
 
+# Computes scalars to log about one term, by name
 Diagnostics = Callable[[], Dict[str, Tensor]]
 
 
@@ -44,10 +45,10 @@ class Terms(Dict[str, Tensor]):
     """What a distiller returns if it has more to say than its losses.
 
     Attributes:
-        diagnostics: computes scalars to log, by name; called, if at all, before the backward pass.
+        diagnostics: by term; called, if at all, before the backward pass.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], diagnostics: Optional[Diagnostics] = None):
+    def __init__(self, values: Mapping[str, Tensor], diagnostics: Mapping[str, Diagnostics]):
         super().__init__(values)
         self.diagnostics = diagnostics
 

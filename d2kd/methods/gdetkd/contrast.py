@@ -208,8 +208,8 @@ class RegionContrast(nn.Module):
 
         def diagnostics() -> Dict[str, Tensor]:
             return {
-                "gdetkd_ckd/hit_rate": regions.mean(found.hits().float()),
-                "gdetkd_ckd/excluded": excluded.sum() - excluded.diagonal().sum(),
+                "hit_rate": regions.mean(found.hits().float()),
+                "excluded": excluded.sum() - excluded.diagonal().sum(),
             }
 
         return regions.mean(found.loss(self.positive_in_denominator)), diagnostics

@@ -177,21 +177,19 @@ class GDetKD(Distiller):
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
     ) -> Terms:
         wanted = {term for term in self.terms if self.wants(term)}
-        losses, diagnostics = {}, []
+        losses, diagnostics = {}, {}
         regions = None
         if wanted - {"sgfi"} or ("sgfi" in wanted and self.imitation.on_regions):
             regions = self.regions(student, teacher, targets)
         if "sgfi" in wanted:
             where = regions if self.imitation.on_regions else targets
-            losses["sgfi"], measured = self.imitation(student, teacher, where)
-            diagnostics.append(measured)
+            losses["sgfi"], diagnostics["sgfi"] = self.imitation(student, teacher, where)
         if "ckd" in wanted:
-            losses["ckd"], measured = self.region_contrast(student, teacher, regions)
-            diagnostics.append(measured)
+            losses["ckd"], diagnostics["ckd"] = self.region_contrast(student, teacher, regions)
         if wanted & {"cls", "bbox"}:
             predictions = self.predictions(student, teacher, regions)
             losses.update({name: x for name, x in predictions.items() if name in wanted})
-        return Terms(losses, lambda: {k: v for d in diagnostics for k, v in d().items()})
+        return Terms(losses, diagnostics)
 
     def regions(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]

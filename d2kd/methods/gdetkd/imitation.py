@@ -230,9 +230,9 @@ class SoftImitation(_RegionImitation):
         shares = [regions.mean(x) for x in weights]
         entropy = torch.special.entr(weights).sum(dim=0)
         return {
-            **{f"gdetkd_sgfi/{lv.name}": share for lv, share in zip(self.matched, shares)},
-            "gdetkd_sgfi/entropy": regions.mean(entropy),
-            "gdetkd_sgfi/temperature": self.temperature,
+            **{lv.name: share for lv, share in zip(self.matched, shares)},
+            "entropy": regions.mean(entropy),
+            "temperature": self.temperature,
         }
 
 

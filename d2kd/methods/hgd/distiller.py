@@ -220,15 +220,14 @@ class HGD(Distiller):
 
     def forward(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
-    ) -> Dict[str, Tensor]:
+    ) -> Terms:
         stages, distances = [], []
         for k in range(len(self.pairs)):
             stages.append(self.compared(k, student, teacher, targets))
             distances.append(self.distances(stages[-1]))
         losses = self.normalize(distances, [stage.scale for stage in stages])
-        return Terms(
-            {"feature": self.balance(losses)}, lambda: self.diagnostics(losses, stages, targets)
-        )
+        diagnostics = {"feature": lambda: self.diagnostics(losses, stages, targets)}
+        return Terms({"feature": self.balance(losses)}, diagnostics)
 
     @torch.no_grad()
     def maps(
@@ -362,8 +361,8 @@ class HGD(Distiller):
                 "max_micro": weights.amax(),
                 "on_objects": (weights.sum(1) * inside).sum() / weights.sum().clamp(min=TINY),
             }
-            prefix = f"hgd_feature/{self.pairs[k].student.name}"
-            diagnostics.update({f"{prefix}/{name}": value for name, value in values.items()})
+            name = self.pairs[k].student.name
+            diagnostics.update({f"{name}/{what}": value for what, value in values.items()})
         return diagnostics
 
 
