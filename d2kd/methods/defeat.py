@@ -127,14 +127,9 @@ def near_zero_adapters(channels: Sequence[Tuple[int, int]]) -> nn.ModuleList:
     return adapters
 
 
-def _check_background(node: CfgNode, terms: Sequence[str]) -> None:
-    for part in ("NECK", "STAGE"):
-        term_name = f"{part.lower()}_background"
-        if node[f"{part}_ASSIGN"] == "everywhere" and term_name in terms:
-            raise UserError(
-                f"{DeFeat.node_name()}.{part}_ASSIGN is 'everywhere', which leaves no background, "
-                f"but {DeFeat.term_key(term_name)} is not 0: set it to 0"
-            )
+def _terms_of(part: str) -> Tuple[str, str]:
+    """The object and the background term of a part: neck, stage or head."""
+    return f"{part}_object", f"{part}_background"
 
 
 def _stages(node: CfgNode, student: Family, teacher: Family) -> List[LevelPair]:
@@ -144,8 +139,29 @@ def _stages(node: CfgNode, student: Family, teacher: Family) -> List[LevelPair]:
     return paired_stages(student, teacher, node.STAGES, key)
 
 
-def _boxes(targets) -> List[Tensor]:
+def _boxes(targets: Sequence[Instances]) -> List[Tensor]:
     return [t.gt_boxes.tensor for t in targets]
+
+
+def _stage_reads(pairs: Sequence[LevelPair]) -> Reads:
+    ours, theirs = zip(*pairs)
+    return Reads(
+        student=(Features(), *(Stage(x.name) for x in ours)),
+        teacher=tuple(Stage(x.name) for x in theirs),
+        knob="STAGES",
+    )
+
+
+def _head_reads(node: CfgNode) -> Reads:
+    proposals = (Proposals(node.CASCADE_STAGE),)
+    predictions = (Regions(predictions=True, stage=node.CASCADE_STAGE),)
+    from_student = node.PROPOSALS_FROM in ("student", "both")
+    from_teacher = node.PROPOSALS_FROM in ("teacher", "both")
+    return Reads(
+        student=(proposals if from_student else ()) + predictions,
+        teacher=(proposals if from_teacher else ()) + predictions,
+        knob="CASCADE_STAGE" if node.CASCADE_STAGE else "",
+    )
 
 
 @DISTILLER_REGISTRY.register()
@@ -238,60 +254,49 @@ class DeFeat(Distiller):
         self.stage_assign = stage_assign
         self.proposals_from = proposals_from
         self.temperatures = temperatures
-        self.proposals = Proposals(cascade_stage)
-        self.predictions = Regions(predictions=True, stage=cascade_stage)
+        self.proposals_read = Proposals(cascade_stage)
+        self.predictions_read = Regions(predictions=True, stage=cascade_stage)
         self.neck_adapters = near_zero_adapters(channels_of(levels))
         self.stage_adapters = near_zero_adapters(channels_of(stages))
 
     @classmethod
+    def check_config(cls, node: CfgNode) -> None:
+        super().check_config(node)
+        for part in ("neck", "stage"):
+            key, (_, background) = f"{part.upper()}_ASSIGN", _terms_of(part)
+            if node[key] == "everywhere" and background in cls.enabled_terms(node):
+                raise UserError(
+                    f"{cls.node_name()}.{key} is 'everywhere', which leaves no background, "
+                    f"but {cls.term_key(background)} is not 0: set it to 0"
+                )
+
+    @classmethod
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
-        _check_background(node, cls.enabled_terms(node))
-        parts = {"neck": cls._neck_reads, "stage": cls._stage_reads, "head": cls._head_reads}
-        return {
-            name: parts[name.split("_")[0]](node, student, teacher)
-            for name in cls.enabled_terms(node)
+        reads_of = {
+            "neck": lambda: Reads((Features(),), (Features(),)),
+            "stage": lambda: _stage_reads(_stages(node, student, teacher)),
+            "head": lambda: _head_reads(node),
         }
+        parts = {part: cls._enabled_of(part, node) for part in reads_of}
+        return {term: reads_of[part]() for part, terms in parts.items() for term in terms}
 
-    @staticmethod
-    def _neck_reads(node: CfgNode, student: Family, teacher: Family) -> Reads:
-        return Reads(student=(Features(),), teacher=(Features(),))
-
-    @staticmethod
-    def _stage_reads(node: CfgNode, student: Family, teacher: Family) -> Reads:
-        ours, theirs = zip(*_stages(node, student, teacher))
-        return Reads(
-            student=(Features(), *(Stage(x.name) for x in ours)),
-            teacher=tuple(Stage(x.name) for x in theirs),
-            knob="STAGES",
-        )
-
-    @staticmethod
-    def _head_reads(node: CfgNode, student: Family, teacher: Family) -> Reads:
-        proposals = (Proposals(node.CASCADE_STAGE),)
-        predictions = (Regions(predictions=True, stage=node.CASCADE_STAGE),)
-        from_student = node.PROPOSALS_FROM in ("student", "both")
-        from_teacher = node.PROPOSALS_FROM in ("teacher", "both")
-        return Reads(
-            student=(proposals if from_student else ()) + predictions,
-            teacher=(proposals if from_teacher else ()) + predictions,
-            knob="CASCADE_STAGE" if node.CASCADE_STAGE else "",
-        )
+    @classmethod
+    def _enabled_of(cls, part: str, node: CfgNode) -> List[str]:
+        return [term for term in _terms_of(part) if term in cls.enabled_terms(node)]
 
     @classmethod
     def check_pair(cls, node: CfgNode, student: Family, teacher: Family) -> None:
-        head = [t for t in cls.enabled_terms(node) if t.startswith("head")]
+        head = cls._enabled_of("head", node)
         if head:
             ours, theirs = student.box_head, teacher.box_head
-            ours.check_same_classes(theirs, node.CASCADE_STAGE, DeFeat.term_key(head[0]))
+            ours.check_same_classes(theirs, node.CASCADE_STAGE, cls.term_key(head[0]))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
-        terms = cls.enabled_terms(cfg)
-        neck = [t for t in terms if t.startswith("neck")]
-        stage = [t for t in terms if t.startswith("stage")]
+        neck, stage = cls._enabled_of("neck", cfg), cls._enabled_of("stage", cfg)
         return {
-            "terms": terms,
-            "levels": paired_levels(student, teacher, DeFeat.term_key(neck[0])) if neck else (),
+            "terms": cls.enabled_terms(cfg),
+            "levels": paired_levels(student, teacher, cls.term_key(neck[0])) if neck else (),
             "stages": _stages(cfg, student, teacher) if stage else (),
             "finest": student.levels[0] if student.levels else None,
             "num_classes": student.num_classes,
@@ -303,16 +308,15 @@ class DeFeat(Distiller):
         }
 
     def levels_of(self, term: str) -> int:
-        return self.num_levels if term.startswith("neck") else 0
+        return self.num_levels if term in _terms_of("neck") else 0
 
     def forward(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
     ) -> Dict[str, Tensor]:
         losses = {}
-        for part in (self.neck, self.stage, self.head):
-            names = [f"{part.__name__}_object", f"{part.__name__}_background"]
-            if any(self.wants(name) for name in names):
-                losses.update(zip(names, part(student, teacher, targets)))
+        for part, compare in (("neck", self.neck), ("stage", self.stage), ("head", self.head)):
+            if any(map(self.wants, _terms_of(part))):
+                losses.update(zip(_terms_of(part), compare(student, teacher, targets)))
         return {name: value for name, value in losses.items() if self.wants(name)}
 
     def neck(
@@ -345,11 +349,11 @@ class DeFeat(Distiller):
         samplers = {"student": [student], "teacher": [teacher], "both": [student, teacher]}
         losses = []
         for sampler in samplers[self.proposals_from]:
-            regions = sampler.proposals(self.proposals)
+            regions = sampler.proposals(self.proposals_read)
             losses.append(
                 decoupled_classification(
-                    student.regions(regions, self.predictions).logits,
-                    teacher.regions(regions, self.predictions).logits,
+                    student.regions(regions, self.predictions_read).logits,
+                    teacher.regions(regions, self.predictions_read).logits,
                     torch.cat(regions.classes),
                     self.num_classes,
                     *self.temperatures,

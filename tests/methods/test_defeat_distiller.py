@@ -10,6 +10,7 @@ from toys import AS_LOADED, batch, distill_config, gradients, step
 
 from d2kd.distillation import build_model
 from d2kd.errors import UserError
+from d2kd.methods.defeat import DeFeat
 from d2kd.views import Proposals, Stage
 
 KEY = "DISTILL.DEFEAT."
@@ -302,6 +303,16 @@ def test_bad_input_is_one_line_when_the_model_is_built(tmp_path, name, opts, mes
     with pytest.raises(UserError, match=message) as error:
         model_of(tmp_path, name, opts)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["NECK", "STAGE"])
+def test_a_background_without_decoupling_is_refused_before_a_detector_stands(part):
+    node = DeFeat.default_config()
+    node[f"{part}_ASSIGN"], node[f"{part}_BACKGROUND"].WEIGHT = "everywhere", 1.0
+    with pytest.raises(UserError, match=f"{part}_ASSIGN is 'everywhere'"):
+        DeFeat.check_config(node)
+    node[f"{part}_BACKGROUND"].WEIGHT = 0.0
+    DeFeat.check_config(node)
 
 
 def test_levels_without_a_common_stride(tmp_path):
