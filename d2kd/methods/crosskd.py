@@ -9,6 +9,7 @@ statistics (not in the paper) and in weights.
 Shapes: N images, C channels, (h, w) the size of an FPN level.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Dict, Iterable, Iterator, List, Mapping, Tuple
 
@@ -28,6 +29,7 @@ from d2kd.views import (
     Tower,
     View,
 )
+from d2kd.views.families import BRANCHES
 
 __all__ = ["CrossKD", "align_statistics", "localization_kd", "quality_focal_kd"]
 
@@ -37,6 +39,9 @@ localization_kd = kl_divergence
 # An almost dead channel of the student is stretched by no more than this, and so is its gradient;
 # the authors' code stretches up to a millionfold. Channels that are alive stay far below.
 MAX_GAIN = 1e3
+
+# After how many of 4 blocks the authors hand over, by the kind of student
+_DEPTH_OF = {"RetinaNet": 3, "ATSS": 3, "GFL": 3, "PaperFCOS": 2, "FCOS": 2}
 
 
 def align_statistics(student: Tensor, teacher: Tensor) -> Tensor:
@@ -73,9 +78,8 @@ class CrossKD(DenseKD):
         ),
     }
 
-    # The authors hand over after 2 of 4 blocks in FCOS
     defaults_of = {
-        kind: Defaults({**values, "DEPTH": 2 if kind.endswith("FCOS") else 3}, source)
+        kind: Defaults({**values, "DEPTH": _DEPTH_OF[kind]}, source)
         for kind, (values, source) in DenseKD.defaults_of.items()
     }
 
@@ -103,7 +107,7 @@ class CrossKD(DenseKD):
         super().__init__(**kwargs)
         self.branches = dict(branches)
         self.depth = depth
-        self.pre_activation = pre_activation
+        self.tower_reads = {b: _tower_reads(b, depth, pre_activation) for b in branches.values()}
         self.adapters = nn.ModuleDict(
             {b: nn.Conv2d(c_s, c_t, 1) for b, (c_s, c_t) in widths.items() if c_s != c_t}
         )
@@ -112,8 +116,7 @@ class CrossKD(DenseKD):
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
         reads = {}
         for name, branch in cls._branches(node, teacher).items():
-            tower = Tower(branch, node.DEPTH, node.PRE_ACTIVATION and node.DEPTH > 0)
-            statistics = Tower(branch, tower.depth, tower.pre_activation, statistics=True)
+            tower, statistics = _tower_reads(branch, node.DEPTH, node.PRE_ACTIVATION)
             reads[name] = Reads(
                 student=(tower, Assignment()), teacher=(TARGETS[name], statistics), knob="DEPTH"
             )
@@ -126,7 +129,7 @@ class CrossKD(DenseKD):
             **super().from_config(cfg, student, teacher),
             "branches": branches,
             "depth": cfg.DEPTH,
-            "pre_activation": cfg.PRE_ACTIVATION and cfg.DEPTH > 0,
+            "pre_activation": cfg.PRE_ACTIVATION,
             "widths": {
                 branch: tuple(f.dense_head.channels(branch, cfg.DEPTH) for f in (student, teacher))
                 for branch in _distinct(branches.values())
@@ -150,20 +153,24 @@ class CrossKD(DenseKD):
     ) -> Iterator[Tensor]:
         """What of the student goes into the rest of the teacher's tower, level by level; each is
         made when it is read, for nobody else needs it."""
-        tower = Tower(branch, self.depth, self.pre_activation)
-        features = student.tower(tower)
+        ours, theirs = self.tower_reads[branch]
+        features = student.tower(ours)
         if branch in self.adapters:
             features = [self.adapters[branch](x) for x in features]
-        statistics = teacher.tower_statistics(
-            Tower(branch, self.depth, self.pre_activation, statistics=True)
-        )
         align = partial(transfer_statistics, max_gain=MAX_GAIN, relu=self.depth > 0)
-        return map(align, features, *zip(*statistics))
+        return map(align, features, *zip(*teacher.tower_statistics(theirs)))
 
     def box_decoder(self, student: StudentView, teacher: TeacherView) -> View:
         return teacher
 
 
+def _tower_reads(branch: str, depth: int, pre_activation: bool) -> Tuple[Tower, Tower]:
+    """What of the student's tower is handed over, and what of the teacher's it is aligned with."""
+    tower = Tower(branch, depth, pre_activation and depth > 0)
+    return tower, replace(tower, statistics=True)
+
+
 def _distinct(branches: Iterable[str]) -> List[str]:
-    """Each branch once, the class branch first."""
-    return sorted(set(branches), reverse=True)
+    """Each branch once, in the order of :data:`BRANCHES`."""
+    given = set(branches)
+    return [branch for branch in BRANCHES if branch in given]
