@@ -77,7 +77,9 @@ def gradients_of_terms(cell, inputs):
     distiller = model.distillers[cell.method]
     if hasattr(distiller, "normalizer"):
         distiller.register_forward_pre_hook(
-            lambda module, views: normalizers.append(module.normalizer(views[0].assignment))
+            lambda module, views: normalizers.append(
+                getattr(views[0].assignment, module.normalizer)
+            )
         )
     losses = losses_of(model, inputs)
     terms = {t: gradient(model, losses[f"loss_{cell.method}_{t}".lower()]) for t in cell.terms}

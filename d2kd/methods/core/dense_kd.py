@@ -5,8 +5,7 @@ Shapes: N images, A anchors per location, R anchors of all levels (level, row, c
 K classes, (h, w) the size of a level, L levels.
 """
 
-from operator import attrgetter
-from typing import Callable, Dict, List, Sequence
+from typing import Dict, List, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -32,7 +31,6 @@ from d2kd.views import (
     TeacherView,
     View,
 )
-from d2kd.views.families import AnchorTargets
 from d2kd.views.pairs import (
     ANCHOR_SHAPES,
     ANCHORS,
@@ -63,12 +61,6 @@ TARGETS = {
 BOX_LOSS_OF = {"deltas": "giou", "distances": "iou", "distribution": "kl"}
 # What has to be the same of two heads
 FACTS = (BOX_FORM, LEVELS, CLASSES, ANCHORS, ANCHOR_SHAPES, BINS)
-# What losses are divided by: as the detector divides its own
-NORMALIZERS: Dict[str, Callable[[AnchorTargets], Tensor]] = {
-    "positives": attrgetter("num_positive"),
-    "mean positives": attrgetter("mean_num_positive"),
-    "mean centerness": attrgetter("mean_sum_centerness"),
-}
 IOU_LOSSES = {"iou": lambda iou, giou: iou_log_loss(iou), "giou": lambda iou, giou: 1 - giou}
 
 
@@ -186,7 +178,7 @@ class DenseKD(Distiller):
         """
         Args:
             box_loss: "kl", "giou" or "iou".
-            normalizer: one of :data:`NORMALIZERS`.
+            normalizer: what losses are divided by, an attribute of the student's assignment.
             masked: leave out ignored anchors and those outside the image.
             box_mean: divide box losses by the sum of their weights instead.
             num_levels: L.
@@ -197,7 +189,7 @@ class DenseKD(Distiller):
         """
         super().__init__(terms, num_levels)
         self.box_loss_name = box_loss
-        self.normalizer = NORMALIZERS[normalizer]
+        self.normalizer = normalizer
         self.masked = masked
         self.box_mean = box_mean
         self.num_anchors = num_anchors
@@ -246,7 +238,7 @@ class DenseKD(Distiller):
         outputs, targeted = self.predictions(student, teacher), teacher.predictions
         assignment = student.assignment
         counted = assignment.valid if self.masked else 1
-        normalizer = self.normalizer(assignment)
+        normalizer = getattr(assignment, self.normalizer)
         losses = {}
         if self.wants("cls"):
             loss = self.class_loss(outputs.pop("logits"), targeted.logits)

@@ -69,9 +69,9 @@ class DenseFamily(Family):
     @property
     def normalizer(self) -> str:
         kinds = {
-            RetinaNet: "positives",
-            SingleAnchorDetector: "mean positives",
-            fcos.FCOS: "mean centerness",
+            RetinaNet: "num_positive",
+            SingleAnchorDetector: "mean_num_positive",
+            fcos.FCOS: "mean_sum_centerness",
         }
         return next((n for kind, n in kinds.items() if isinstance(self.detector, kind)), "")
 

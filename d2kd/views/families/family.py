@@ -162,8 +162,8 @@ class Family:
 
     @property
     def normalizer(self) -> str:
-        """What the detector's own losses are divided by: its "positives", their "mean positives"
-        over GPUs, or the "mean centerness" that they learn over GPUs; "" if it is unknown."""
+        """What the detector's own losses are divided by, as an attribute of
+        :class:`AnchorTargets`; "" if it is unknown."""
         return ""
 
     @property
