@@ -96,7 +96,7 @@ class GDetKD(Distiller):
         self.foreground_only = foreground_only
         self.imitation = imitation
         self.contrast = contrast
-        self.hidden = hidden_read(pre_activation)
+        self.hidden_read = hidden_read(pre_activation)
         self.register_buffer("delta_scale", torch.tensor(delta_scale), persistent=False)
         self.head_transfer = head_transfer
 
@@ -205,7 +205,7 @@ class GDetKD(Distiller):
     ) -> Tuple:
         """The "ckd" term, a scalar, and what can be logged."""
         ours = self.source.vectors(student, regions)
-        theirs = hidden_vectors(teacher, regions, self.hidden)
+        theirs = hidden_vectors(teacher, regions, self.hidden_read)
         return self.contrast(ours, theirs, regions)
 
     def predictions(

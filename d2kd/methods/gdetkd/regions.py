@@ -44,7 +44,7 @@ class TwoStageRegions:
             pre_activation: vectors before the last activation.
         """
         self.proposals_from = proposals_from
-        self.hidden = hidden_read(pre_activation)
+        self.hidden_read = hidden_read(pre_activation)
 
     def reads(self) -> Tuple[Tuple[Read, ...], Tuple[Read, ...]]:
         """What of the student and of the teacher the regions are made of."""
@@ -53,7 +53,7 @@ class TwoStageRegions:
 
     def vector_reads(self) -> Tuple[Read, ...]:
         """What of the student the vectors are made of."""
-        return (self.hidden,)
+        return (self.hidden_read,)
 
     def sample(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
@@ -63,7 +63,7 @@ class TwoStageRegions:
 
     def vectors(self, student: StudentView, regions: RegionSet) -> Tensor:
         """(R, D), with gradient."""
-        return hidden_vectors(student, regions, self.hidden)
+        return hidden_vectors(student, regions, self.hidden_read)
 
 
 class DenseRegions:
@@ -78,13 +78,13 @@ class DenseRegions:
             pre_activation: vectors before the last activation.
         """
         self.sampling = sampling
-        self.tower = Tower("cls", num_blocks, pre_activation)
+        self.tower_read = Tower("cls", num_blocks, pre_activation)
 
     def reads(self) -> Tuple[Tuple[Read, ...], Tuple[Read, ...]]:
         return (Dense(),), ()
 
     def vector_reads(self) -> Tuple[Read, ...]:
-        return (self.tower,)
+        return (self.tower_read,)
 
     def sample(
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
@@ -94,4 +94,4 @@ class DenseRegions:
     def vectors(self, student: StudentView, regions: RegionSet) -> Tensor:
         """(R, D), with gradient."""
         num_anchors = student.family.dense_head.num_anchors
-        return vectors_of(student.tower(self.tower), regions.anchors, num_anchors)
+        return vectors_of(student.tower(self.tower_read), regions.anchors, num_anchors)
