@@ -1,5 +1,11 @@
-"""G-DetKD's config keys. Sources: "note", a published reading note of the paper; "[R]", a
-re-implementation that reproduces the paper's gain; "ours", our reading of both."""
+"""G-DetKD's config keys. The help of each says where its default comes from:
+
+- note: a published reading note of the paper;
+- [R]: a re-implementation, the G-DetKD baseline of HEAD (ECCV 2022, LutingWang/todd and
+  LutingWang/HEAD on GitHub), which is said to reproduce the paper's gain;
+- ours: published in no source that we found.
+
+docs/methods/gdetkd.md has more on them."""
 
 from d2kd.methods.core import term
 from d2kd.schema import Key
