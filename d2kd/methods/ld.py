@@ -63,8 +63,9 @@ def localization_distillation(
         scalar: 1/N · Σ weight · T² · KL(teacher, student) / B, the mean over the four sides, summed
         over anchors. (The released code takes the mean over bins, too, and does not divide by N.)
     """
-    x, z = (y.unflatten(1, (num_anchors, 4, -1)) for y in (deltas, teacher_deltas))
-    loss = kl_divergence(x, z, temperature, dim=3).mean(dim=2) / x.shape[3]
+    sides = (num_anchors, 4, -1)  # B bins each
+    ours, theirs = deltas.unflatten(1, sides), teacher_deltas.unflatten(1, sides)
+    loss = kl_divergence(ours, theirs, temperature, dim=3).mean(dim=2) / ours.shape[3]
     return (flatten_scalars([loss])[0] * weights).sum() / len(deltas)
 
 
@@ -136,9 +137,10 @@ class LD(Distiller):
         assignment = student.assignment
         positive = assignment.positive.split(assignment.sizes, dim=1)
         losses = []
-        for z, x, y, p in zip(logits, deltas, teacher.predictions.deltas, positive):
-            weights = main_region_weights(z, p, self.num_anchors)
+        levels = zip(logits, positive, deltas, teacher.predictions.deltas)
+        for class_logits, in_main_region, ours, theirs in levels:
+            weights = main_region_weights(class_logits, in_main_region, self.num_anchors)
             losses.append(
-                localization_distillation(x, y, weights, self.num_anchors, self.temperature)
+                localization_distillation(ours, theirs, weights, self.num_anchors, self.temperature)
             )
         return {"bbox": torch.stack(losses)}

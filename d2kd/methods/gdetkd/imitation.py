@@ -8,7 +8,7 @@ region, d numbers per key.
 
 import math
 from functools import partial
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple, Union
 
 import torch
 from detectron2.layers import ROIAlign
@@ -41,7 +41,9 @@ _CHUNK = 128
 LevelPooler = Callable[[Tensor], Tensor]
 
 
-def match_levels(student_keys: Tensor, teacher_keys: Tensor, temperature) -> Tensor:
+def match_levels(
+    student_keys: Tensor, teacher_keys: Tensor, temperature: Union[float, Tensor]
+) -> Tensor:
     """How well each student level fits the teacher's region: softmax over levels of the products
     of their keys. The other way round, with L teacher levels, if the two are swapped.
 
@@ -61,6 +63,11 @@ def squared_errors(a: Tensor, b: Tensor) -> Tensor:
     """(R, ...) of both -> (R,), the mean of each region, float32."""
     errors = F.mse_loss(as_float(a), as_float(b), reduction="none")
     return errors.flatten(1).mean(dim=1)
+
+
+def nothing_to_log() -> Dict[str, Tensor]:
+    """The diagnostics of a variant that has none."""
+    return {}
 
 
 class _RegionImitation(nn.Module):
@@ -86,7 +93,9 @@ class _RegionImitation(nn.Module):
         self.resolution = resolution
         self.adapter = nn.Conv2d(levels[0].channels, channels, 1)
 
-    def pool(self, pooler: nn.Module, view, levels: Sequence[Level], regions: RegionSet) -> Tensor:
+    def pool(
+        self, pooler: nn.Module, view: View, levels: Sequence[Level], regions: RegionSet
+    ) -> Tensor:
         """(R, channels, r, r) of a view's levels."""
         with view.precision():  # a teacher's levels may be in half precision
             return pooler([view.features[level.name] for level in levels], regions.boxes)
@@ -108,7 +117,7 @@ class AssignedImitation(_RegionImitation):
         """
         ours = self.adapter(self.pool(self.pooler, student, self.levels, regions))
         theirs = teacher.regions(regions, _POOLED).pooled
-        return regions.mean(squared_errors(ours, theirs)), dict
+        return regions.mean(squared_errors(ours, theirs)), nothing_to_log
 
 
 class SoftImitation(_RegionImitation):
@@ -311,7 +320,7 @@ class MaskedImitation(nn.Module):
             squared = (as_float(x) - as_float(target.detach())).square()
             total = total + (squared.mean(dim=1) * mask).sum()
             count = count + mask.sum()
-        return total / count.clamp(min=1), dict
+        return total / count.clamp(min=1), nothing_to_log
 
 
 def _pooler(levels: Sequence[Level], resolution: Tuple[int, int]) -> ROIPooler:

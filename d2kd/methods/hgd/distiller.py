@@ -189,10 +189,11 @@ class HGD(Distiller):
     @classmethod
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
         pairs, _ = _pairs(node, student, teacher)
-        ours = [_read(p.part, p.student, node.PRE_ACTIVATION) for p in pairs]
-        theirs = [_read(p.part, x, node.PRE_ACTIVATION) for p in pairs for x in p.teachers]
-        knob = "PRE_ACTIVATION" if node.PRE_ACTIVATION else "SOURCE"
-        return {"feature": Reads(_distinct(ours), _distinct(theirs), knob)}
+        before = node.PRE_ACTIVATION
+        ours = dict.fromkeys(_read(p.part, p.student, before) for p in pairs)
+        theirs = dict.fromkeys(_read(p.part, x, before) for p in pairs for x in p.teachers)
+        knob = "PRE_ACTIVATION" if before else "SOURCE"
+        return {"feature": Reads(tuple(ours), tuple(theirs), knob)}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:
@@ -296,7 +297,13 @@ class HGD(Distiller):
 
     @torch.no_grad()
     def micro(
-        self, adapted: Tensor, target: Tensor, valid: Tensor, stride: int, scale: Tensor, targets
+        self,
+        adapted: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        stride: int,
+        scale: Tensor,
+        targets: Sequence[Instances],
     ) -> Tuple[Tensor, Tensor]:
         """The factors (N, h, w) and (N, C) of the micro weights, 0 in the padding."""
         position, channel = micro_weights(target, valid, *self.powers)
@@ -367,8 +374,7 @@ class HGD(Distiller):
 
 
 def _pairs(node: CfgNode, student: Family, teacher: Family) -> Tuple[List[StagePair], List[str]]:
-    parts = SOURCES[node.SOURCE]
-    key = HGD.node_name()
+    parts, key = SOURCES[node.SOURCE], HGD.node_name()
     return trained_stage_pairs(
         student, teacher, parts, node.STAGES, node.PAIRING, key, node.UNPAIRED
     )
@@ -378,11 +384,7 @@ def _read(part: str, level: Level, pre_activation: bool) -> Read:
     return Stage(level.name, pre_activation) if part == "stages" else Features()
 
 
-def _distinct(reads: Sequence[Read]) -> Tuple[Read, ...]:
-    return tuple(dict.fromkeys(reads))
-
-
-def _inside_objects(targets, size: Sequence[int], stride: int) -> Tensor:
+def _inside_objects(targets: Sequence[Instances], size: Sequence[int], stride: int) -> Tensor:
     """(N, h, w) bool, cells that ground-truth boxes cover."""
     boxes = [t.gt_boxes.tensor for t in targets]
     return object_masks(boxes, [tuple(size)], [stride], "all_levels")[0]
