@@ -20,9 +20,6 @@ from d2kd.views import (
     Family,
     Proposals,
     Reads,
-    Regions,
-    Stage,
-    Tower,
     build_family,
 )
 
@@ -186,11 +183,10 @@ def _check_reads(
                 if side == "teacher" and isinstance(read, Proposals):
                     family.check_proposes()
             except CannotRead as why:
-                # The knob chooses which tower, stage or box head it is, not whether there is any.
-                chooses = bool(reads.knob) and isinstance(read, (Tower, Stage, Proposals, Regions))
-                knob = f"{method.node_name()}.{reads.knob}"
-                chosen = f" ({knob} is {node[reads.knob]!r})" if chooses else ""
-                remedy = f"change {knob}, set {key} to 0" if chooses else f"set {key} to 0"
+                chosen, remedy, knob = "", f"set {key} to 0", reads.knobs.get(type(read))
+                if knob is not None:
+                    chosen = f" ({method.node_name()}.{knob} is {node[knob]!r})"
+                    remedy = f"change {method.node_name()}.{knob}, {remedy}"
                 raise UserError(
                     f"{key} is not 0, but this term reads {read} of the {side}{chosen}: {why}; "
                     f"{remedy}, or take another {side}"

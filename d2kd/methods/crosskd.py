@@ -117,9 +117,8 @@ class CrossKD(DenseKD):
         reads = {}
         for name, branch in cls._branches(node, teacher).items():
             tower, statistics = _tower_reads(branch, node.DEPTH, node.PRE_ACTIVATION)
-            reads[name] = Reads(
-                student=(tower, Assignment()), teacher=(TARGETS[name], statistics), knob="DEPTH"
-            )
+            ours, theirs = (tower, Assignment()), (TARGETS[name], statistics)
+            reads[name] = Reads(ours, theirs, {Tower: "DEPTH"})
         return reads
 
     @classmethod

@@ -148,7 +148,7 @@ def _stage_reads(pairs: Sequence[LevelPair]) -> Reads:
     return Reads(
         student=(Features(), *(Stage(x.name) for x in ours)),
         teacher=tuple(Stage(x.name) for x in theirs),
-        knob="STAGES",
+        knobs={Stage: "STAGES"},
     )
 
 
@@ -160,7 +160,7 @@ def _head_reads(node: CfgNode) -> Reads:
     return Reads(
         student=(proposals if from_student else ()) + predictions,
         teacher=(proposals if from_teacher else ()) + predictions,
-        knob="CASCADE_STAGE" if node.CASCADE_STAGE else "",
+        knobs=dict.fromkeys((Proposals, Regions), "CASCADE_STAGE") if node.CASCADE_STAGE else {},
     )
 
 

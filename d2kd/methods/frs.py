@@ -17,7 +17,6 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2kd.errors import UserError
 from d2kd.layers import as_float, as_target
 from d2kd.methods.core import DISTILLER_REGISTRY, Defaults, Distiller, conv_adapters, term
 from d2kd.schema import Key
@@ -156,11 +155,14 @@ class FRS(Distiller):
     @classmethod
     def reads(cls, node: CfgNode, student: Family, teacher: Family) -> Dict[str, Reads]:
         logits, head = Dense(("logits",)), teacher.dense_head
-        score = Dense(("logits", "centerness")) if node.CENTERNESS else logits
+        score, knobs = logits, {}
+        if node.CENTERNESS:
+            score, knobs = Dense(("logits", "centerness")), {Dense: "CENTERNESS"}
+        # An RPN's class is any object, whatever the classes of its detector
+        any_object = bool(head and head.class_agnostic)
         reads = {
-            "feature": Reads((Features(),), (Features(), score), any_classes=True),
-            # An RPN's class is any object, whatever the classes of its detector
-            "cls": Reads((logits,), (score,), any_classes=bool(head and head.class_agnostic)),
+            "feature": Reads((Features(),), (Features(), score), knobs, any_classes=True),
+            "cls": Reads((logits,), (score,), knobs, any_classes=any_object),
         }
         return {term: reads[term] for term in cls.enabled_terms(node)}
 
@@ -174,13 +176,7 @@ class FRS(Distiller):
 
     @classmethod
     def check_pair(cls, node: CfgNode, student: Family, teacher: Family) -> None:
-        terms = cls.enabled_terms(node)
-        if node.CENTERNESS and not teacher.dense_head.has_centerness:
-            raise UserError(
-                f"DISTILL.FRS.CENTERNESS is True, but the teacher ({teacher.name}) predicts no "
-                "centerness: set it to False or take an FCOS or ATSS teacher"
-            )
-        if "cls" in terms:
+        if "cls" in cls.enabled_terms(node):
             check_same(student, teacher, (HEAD_CLASSES, ANCHORS), cls.term_key("cls"))
             levels = paired_levels(student, teacher, cls.node_name())
             check_same_anchors(student, teacher, levels, cls.term_key("cls"))

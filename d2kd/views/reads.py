@@ -4,8 +4,8 @@ From the same declaration follow the modules that are observed, how far the teac
 the report on a pair prints.
 """
 
-from dataclasses import dataclass
-from typing import Tuple
+from dataclasses import dataclass, field
+from typing import Mapping, Tuple, Type
 
 
 class Read:
@@ -41,10 +41,11 @@ class Dense(Read):
     """The raw predictions of the dense head; of a two-stage detector, of its RPN.
 
     Attributes:
-        outputs: which of them. Branches that no output needs are not run in the teacher.
+        outputs: which of "logits", "deltas" and "centerness"; not every head has the last. Branches
+            that no output needs are not run in the teacher.
     """
 
-    outputs: Tuple[str, ...] = ("logits", "deltas", "centerness")
+    outputs: Tuple[str, ...] = ("logits", "deltas")
 
     def __str__(self) -> str:
         return "dense predictions" if self == Dense() else f"dense {' and '.join(self.outputs)}"
@@ -134,15 +135,16 @@ class Reads:
 
     Attributes:
         student, teacher: of each.
-        knob: the method's config key, below its node, that decides what is read; messages about a
-            detector that cannot give it blame this key. Empty = the term's ``WEIGHT``.
+        knobs: by kind of read, the method's config key, below its node, that decides which tower,
+            stage and so on it is; messages about a detector that cannot give it blame this key.
+            Without one they blame the term's ``WEIGHT`` alone.
         any_classes: the term makes sense with a teacher of other classes, although it reads
             predictions of the teacher.
     """
 
     student: Tuple[Read, ...] = ()
     teacher: Tuple[Read, ...] = ()
-    knob: str = ""
+    knobs: Mapping[Type[Read], str] = field(default_factory=dict)
     any_classes: bool = False
 
     @property

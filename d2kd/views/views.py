@@ -84,9 +84,7 @@ class View:
         if not declared:
             self._check(Dense())
         outputs = self._dense_outputs()
-        return DensePredictions(
-            **{k: self._crop_levels(outputs[k]) for k in declared if outputs.get(k)}
-        )
+        return DensePredictions(**{name: self._crop_levels(outputs[name]) for name in declared})
 
     def _dense_outputs(self) -> Dict[str, Optional[List[Tensor]]]:
         head = self.family.dense_head

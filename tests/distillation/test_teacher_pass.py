@@ -76,7 +76,7 @@ def test_what_another_method_reads_runs(tmp_path):
 )
 def test_one_branch_gives_what_the_whole_head_does(student, output):
     torch.manual_seed(0)
-    whole = pass_of(student, [Features(), Dense()]).predictions
+    whole = pass_of(student, [Features(), Dense(), Dense((output,))]).predictions
     torch.manual_seed(0)
     alone = pass_of(student, [Features(), Dense((output,))]).predictions
     expected = getattr(whole, output)

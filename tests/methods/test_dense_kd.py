@@ -20,6 +20,10 @@ RECIPES = sorted(
     for path in glob.glob(os.path.join(folder, "shapes", method.lower(), "*.yaml"))
 )
 
+# With these, nothing but the centerness tells a RetinaNet from an ATSS
+ANCHORS_OF_ATSS = ["MODEL.ANCHOR_GENERATOR.SIZES", [[8.0 * s] for s in (8, 16, 32, 64, 128)]]
+ANCHORS_OF_ATSS += ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]]
+
 
 def refusal(tmp_path, student, opts=(), method="CrossKD", **kwargs):
     """The one line that a user reads."""
@@ -76,8 +80,9 @@ def test_refuses_losses_that_the_head_cannot_have(tmp_path):
     key = "DISTILL.CROSSKD.BBOX_LOSS"
     assert f"{key} is 'glou': did you mean 'giou'" in refusal(tmp_path, "FCOS", [key, "glou"])
     assert f"{key} is 'kl'" in refusal(tmp_path, "FCOS", [key, "kl"])
-    centerness = ["DISTILL.CROSSKD.CENTERNESS.WEIGHT", 1.0]
-    assert "CENTERNESS.WEIGHT is 1.0" in refusal(tmp_path, "GFL", centerness)
+    centerness = "DISTILL.CROSSKD.CENTERNESS.WEIGHT"
+    message = refusal(tmp_path, "GFL", [centerness, 1.0])
+    assert f"teacher: GFL predicts no centerness; set {centerness} to 0" in message
     assert "CROSSKD.BETA is 0.5" in refusal(tmp_path, "GFL", ["DISTILL.CROSSKD.BETA", 0.5])
     cold = ["DISTILL.MIMICKING.TEMPERATURE", 0.0]
     assert "MIMICKING.TEMPERATURE is 0.0" in refusal(tmp_path, "GFL", cold, "Mimicking")
@@ -85,12 +90,20 @@ def test_refuses_losses_that_the_head_cannot_have(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_refuses_a_teacher_without_centerness(tmp_path, method):
-    """A RetinaNet with the anchors of ATSS, which nothing else tells apart."""
-    anchors = ["MODEL.ANCHOR_GENERATOR.SIZES", [[8.0 * s] for s in (8, 16, 32, 64, 128)]]
-    anchors += ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]]
     key = f"DISTILL.{method.upper()}.CENTERNESS.WEIGHT"
-    pair = {"teacher": "RetinaNet", "teacher_opts": anchors, "method": method}
-    assert f"{key} is 1.0" in refusal(tmp_path, "ATSS", [key, 1.0], **pair)
+    pair = {"teacher": "RetinaNet", "teacher_opts": ANCHORS_OF_ATSS, "method": method}
+    message = refusal(tmp_path, "ATSS", [key, 1.0], **pair)
+    assert f"{key} is not 0, but this term reads dense centerness of the teacher:" in message
+
+
+def test_a_student_without_centerness_learns_it_through_the_teachers_head(tmp_path):
+    """CrossKD compares no prediction of the student's own head; mimicking does."""
+    opts = [*ANCHORS_OF_ATSS, "DISTILL.CROSSKD.CENTERNESS.WEIGHT", 1.0, "DISTILL.CROSSKD.DEPTH", 1]
+    cfg = distill_config(tmp_path, "RetinaNet", opts, teacher="ATSS", methods=("CrossKD",))
+    assert step(build_model(cfg), batch())["loss_crosskd_centerness"] > 0
+    opts = [*ANCHORS_OF_ATSS, "DISTILL.MIMICKING.CENTERNESS.WEIGHT", 1.0]
+    message = refusal(tmp_path, "RetinaNet", opts, "Mimicking", teacher="ATSS")
+    assert "of the student: RetinaNet predicts no centerness" in message
 
 
 def test_teacher_and_student_may_differ_in_width_and_depth(tmp_path):

@@ -154,7 +154,8 @@ def test_class_term_refuses_heads_that_differ(tmp_path):
 
 def test_centerness_variant(tmp_path):
     opts = ["DISTILL.FRS.CENTERNESS", True]
-    with pytest.raises(UserError, match="DISTILL.FRS.CENTERNESS"):
+    said = r"CENTERNESS is True\): RetinaNet predicts no centerness; change DISTILL.FRS.CENTERNESS"
+    with pytest.raises(UserError, match=said):
         build_model(distill_config(tmp_path, "RetinaNet", opts))
     inputs = batch()
     values = [

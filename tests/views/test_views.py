@@ -10,6 +10,7 @@ from d2kd.distillation import Teacher
 from d2kd.distillation.teacher import TeacherPass
 from d2kd.views import (
     Assignment,
+    CannotRead,
     Dense,
     Features,
     Recorder,
@@ -127,8 +128,9 @@ def test_student_view_is_what_the_forward_computed(student):
 @pytest.mark.parametrize("student", ["RetinaNet", "FCOS"])
 def test_resuming_a_tower_gives_the_predictions_and_gradient(student):
     towers = [Tower(branch, depth) for branch in ("cls", "bbox") for depth in range(3)]
-    reads = [Dense(), *towers]
-    _, view, _ = views(detector(STUDENTS[student]), detector(STUDENTS[student], seed=1), reads)
+    nets = [detector(STUDENTS[student], seed=i) for i in range(2)]
+    reads = [Dense(build_family(nets[0]).dense_head.outputs), *towers]
+    _, view, _ = views(*nets, reads)
     assert view.family.dense_head.num_blocks("cls") == 2
     for depth in range(3):
         features = [x.clone().requires_grad_() for x in view.tower(Tower("cls", depth))]
@@ -151,6 +153,18 @@ def test_families_name_the_branch_of_the_centerness(student, branch):
     name = {"PaperFCOS": "shapes/baselines/paper_fcos_tiny.yaml"}.get(student)
     head = build_family(detector(name or STUDENTS[student])).dense_head
     assert head.branch_of == {"logits": "cls", "deltas": "bbox", "centerness": branch}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_outputs_that_a_head_does_not_have_are_refused(student):
+    family = build_family(detector(STUDENTS[student]))
+    for output in ("logits", "deltas", "centerness"):
+        if output in family.dense_head.outputs:
+            family.observe(Dense((output,)))
+        else:
+            with pytest.raises(CannotRead, match=f"{family.name} predicts no {output}"):
+                family.observe(Dense(("logits", output)))
+    assert ("centerness" in family.dense_head.outputs) == (student in ("FCOS", "ATSS"))
 
 
 def test_teacher_in_its_own_precision():

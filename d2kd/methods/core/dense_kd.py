@@ -200,12 +200,6 @@ class DenseKD(Distiller):
     def check_pair(cls, node: CfgNode, student: Family, teacher: Family) -> None:
         key = cls.node_name()
         _check_same_head(student, teacher, key)
-        for family in (student, teacher):
-            if node.CENTERNESS.WEIGHT and not family.dense_head.has_centerness:
-                raise UserError(
-                    f"{cls.term_key('centerness')} is {node.CENTERNESS.WEIGHT}, but {family.name} "
-                    "predicts no centerness: set it to 0"
-                )
         _box_loss(student, node.BBOX_LOSS, f"{key}.BBOX_LOSS")
 
     @classmethod

@@ -193,7 +193,7 @@ class HGD(Distiller):
         ours = dict.fromkeys(_read(p.part, p.student, before) for p in pairs)
         theirs = dict.fromkeys(_read(p.part, x, before) for p in pairs for x in p.teachers)
         knob = "PRE_ACTIVATION" if before else "SOURCE"
-        return {"feature": Reads(tuple(ours), tuple(theirs), knob)}
+        return {"feature": Reads(tuple(ours), tuple(theirs), {Stage: knob})}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Family, teacher: Family) -> Dict:

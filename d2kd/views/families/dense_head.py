@@ -1,6 +1,6 @@
 """How a dense head is taken apart: its predictions, its towers, and the rest of a tower."""
 
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -25,10 +25,10 @@ class DenseHead:
         num_classes: K; 1 for an RPN.
         class_agnostic: whether its one class is any object, as an RPN's.
         box_coding: how boxes are coded, for messages.
-        has_centerness: whether it predicts a centerness.
+        outputs: which of :class:`DensePredictions` it gives.
     """
 
-    has_centerness = False
+    outputs: Tuple[str, ...] = ("logits", "deltas")
     class_agnostic = False
     # The branch whose tower each of DensePredictions comes from, of heads with towers
     branch_of: Dict[str, str] = {}
@@ -70,15 +70,16 @@ class TowerHead(DenseHead):
     PREDICTORS = {"cls": "cls_score", "bbox": "bbox_pred"}
 
     @property
-    def has_centerness(self) -> bool:
-        return hasattr(self.module, "ctrness")
+    def outputs(self) -> Tuple[str, ...]:
+        more = ("centerness",) if hasattr(self.module, "ctrness") else ()
+        return (*super().outputs, *more)
 
     @property
     def branch_of(self) -> Dict[str, str]:
         # Detectron2's FCOS has the centerness on the box tower.
         centerness = getattr(self.module, "centerness_branch", "bbox")
         branches = {"logits": "cls", "deltas": "bbox", "centerness": centerness}
-        return branches if self.has_centerness else {k: branches[k] for k in ("logits", "deltas")}
+        return {name: branches[name] for name in self.outputs}
 
     @property
     def box_dim(self) -> int:
@@ -143,6 +144,6 @@ class TowerHead(DenseHead):
         if branch == "cls":
             return {"logits": self.module.cls_score(tower)}
         outputs = {"deltas": self.module.bbox_pred(tower)}
-        if self.has_centerness:
+        if "centerness" in self.outputs:
             outputs["centerness"] = self.module.ctrness(tower)
         return outputs

@@ -254,6 +254,9 @@ class Family:
     def _observe_dense(self, read: Dense) -> List[Observed]:
         if self.dense_head is None:
             raise CannotRead(f"{self.name} has no dense head")
+        for output in read.outputs:
+            if output not in self.dense_head.outputs:
+                raise CannotRead(f"{self.name} predicts no {output}")
         return [Observed(self.dense_head.module)]
 
     def _observe_tower(self, read: Tower) -> List[Observed]:
