@@ -263,6 +263,14 @@ def test_a_restored_queue_goes_on_where_it_was():
         assert in_order(one) == [6, 7, 8, 9]
 
 
+def test_the_queue_of_an_older_run_begins_with_its_oldest_vector():
+    queue = VectorQueue(4, 1)
+    queue.append(torch.ones(1, 1))
+    queue.load_state_dict({"vectors": torch.tensor([[2.0], [3.0], [4.0], [5.0]])})
+    queue.append(torch.tensor([[6.0]]))
+    assert in_order(queue) == [3, 4, 5, 6]
+
+
 def test_the_host_need_not_know_where_the_queue_is():
     queue = VectorQueue(4, 1)
     with HostSyncs(nn.Identity()) as syncs:

@@ -3,6 +3,8 @@
 Shapes: M vectors of all processes in one step, Q places, d numbers per vector.
 """
 
+from typing import Any, Dict
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,11 @@ class VectorQueue(nn.Module):
         super().__init__()
         self.register_buffer("vectors", torch.zeros(size, dim))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args) -> None:
+        # Runs of 0.3.0 kept the oldest vector in the first place
+        state_dict.setdefault(f"{prefix}next", torch.zeros_like(self.next))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def append(self, vectors: Tensor) -> None:
