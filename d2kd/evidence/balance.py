@@ -21,7 +21,7 @@ class Proposal(NamedTuple):
 
     key: str  # in the config
     weight: float  # as it is
-    ratio: float  # gradient norm at the FPN relative to the detection losses'
+    ratio: float  # gradient norm at the FPN over the detection losses', with this weight
     proposed: float  # the weight that gives the share that was asked for
 
 
