@@ -2,16 +2,24 @@
 
 import os
 import tempfile
+from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from torch import nn
 
 from d2kd.checkpoint import cannot_write
-from d2kd.data.check import check_annotation_files, check_dataset_names, check_evaluation
+from d2kd.data.check import (
+    check_annotation_files,
+    check_dataset_names,
+    check_evaluation,
+    num_classes_of,
+)
 from d2kd.data.loader import images_per_process
 from d2kd.errors import UserError
 from d2kd.lazy import is_lazy, lazy_config
+from d2kd.views import find_family
 
 from .evaluators import refuse_without_evaluator
 from .scaling import scale_to_processes
@@ -145,6 +153,24 @@ def _refuse_nameless_keypoints(cfg: CfgNode) -> None:
                 f"MODEL.KEYPOINT_ON is True, but '{name}' of DATASETS.TRAIN names no keypoints: "
                 "register it in Python, with keypoint_names and keypoint_flip_map in its metadata"
             )
+
+
+def refuse_other_classes(names: Sequence[str], student: nn.Module) -> None:
+    """
+    Args:
+        names: of the training sets.
+        student: as it was built.
+
+    Raises:
+        UserError: if the data has another number of classes than the student.
+    """
+    family = find_family(student)  # a plain detector may be of a kind without one
+    in_data, in_model = num_classes_of(names), family and family.num_classes
+    if None not in (in_data, in_model) and in_data != in_model:
+        raise UserError(
+            f"DATASETS.TRAIN {tuple(names)} has {in_data} classes, but the student predicts "
+            f"{in_model}: set NUM_CLASSES of its head in MODEL"
+        )
 
 
 def refuse_unwritable(folder: str) -> None:

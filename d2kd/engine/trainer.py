@@ -32,7 +32,6 @@ from d2kd.checkpoint import (
     refuse_not_finite,
 )
 from d2kd.data.bad_images import NamingLoader, NamingMapper
-from d2kd.data.check import num_classes_of
 from d2kd.data.classes import class_names_of
 from d2kd.data.loader import ResumableLoader
 from d2kd.distillation import TeacherStudent, build_model
@@ -40,7 +39,6 @@ from d2kd.errors import UserError, reason
 from d2kd.layers.random import preserve_rng_state
 from d2kd.lazy import is_lazy
 from d2kd.one_line import exit_status
-from d2kd.views import find_family
 
 from . import lazy_parts
 from .accumulation import accumulated_step
@@ -51,6 +49,7 @@ from .finite import FiniteLosses
 from .hooks import BestHook, CostHook, PreciseBN, ScheduleHook
 from .metrics import METRICS_FILE, forget_lines, has_lines_from, restore_metrics
 from .optimizer import build_lr_scheduler, build_optimizer, hyperparameters_kept
+from .preflight import refuse_other_classes
 from .processes import broadcast_statistics, wrap_ddp
 from .progress import ProgressPrinter
 from .results import evaluated
@@ -94,22 +93,8 @@ class DistillTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         if is_lazy(cfg):
             lazy_parts.set_up_training(cfg, self.model)
-        self._check_classes()
+        refuse_other_classes(cfg.DATASETS.TRAIN, self.student)
         self.register_hooks(self.build_hooks())
-
-    def _check_classes(self) -> None:
-        """
-        Raises:
-            UserError: if the data has another number of classes than the student.
-        """
-        names = self.cfg.DATASETS.TRAIN
-        family = find_family(self.student)  # a plain detector may be of a kind without one
-        in_data, in_model = num_classes_of(names), family and family.num_classes
-        if None not in (in_data, in_model) and in_data != in_model:
-            raise UserError(
-                f"DATASETS.TRAIN {tuple(names)} has {in_data} classes, but the student predicts "
-                f"{in_model}: set NUM_CLASSES of its head in MODEL"
-            )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
