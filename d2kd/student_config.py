@@ -1,7 +1,7 @@
 """The student's own config, which stock Detectron2 reads."""
 
 import os
-from typing import Set, Tuple
+from typing import List, Set, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
@@ -12,33 +12,41 @@ from d2kd.modeling.config import NODES
 
 # The nodes of MODEL that are of backbones
 _BODIES = ("TIMM", "BASIC_RESNET")
+_FOUNDATIONS = frozenset(("abc", "builtins", "detectron2", "fvcore", "torch", "typing"))
 
 
-def needs_d2kd(cfg: CfgNode) -> bool:
-    """Whether the student's architecture or backbone comes from d2kd, not from Detectron2."""
-    parts = (*_architectures(cfg), BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME))
-    return any(part.__module__.startswith("d2kd.") for part in parts)
+def modules_needed(cfg: CfgNode) -> List[str]:
+    """The modules beside Detectron2 that the student's architecture and backbone come from, and
+    that have to be imported before they can be built; of d2kd, the one that imports all."""
+    packages = {part.__module__: part.__module__.partition(".")[0] for part in _parts(cfg)}
+    of_users = {m for m, package in packages.items() if package not in (*_FOUNDATIONS, "d2kd")}
+    ours = ["d2kd.modeling"] if "d2kd" in packages.values() else []
+    return [*ours, *sorted(of_users)]
 
 
-def _architectures(cfg: CfgNode) -> Tuple:
-    """The student's architecture and what it is derived from."""
+def _parts(cfg: CfgNode) -> Tuple:
+    """The student's backbone, its architecture and what that is derived from."""
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    return getattr(architecture, "__mro__", (architecture,))
+    backbone = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    return (*getattr(architecture, "__mro__", (architecture,)), backbone)
 
 
 def _nodes_read(cfg: CfgNode) -> Set[str]:
-    """Which of d2kd's nodes of MODEL the student's architecture and backbone may read."""
-    backbone = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    """Which of d2kd's nodes of MODEL the student's architecture and backbone may read; those of the
+    user may read any."""
+    *architectures, backbone = _parts(cfg)
+    if any(module != "d2kd.modeling" for module in modules_needed(cfg)):
+        return set(NODES)
     bodies = () if backbone.__module__.startswith("detectron2.") else _BODIES
-    return {kind.__name__ for kind in _architectures(cfg)}.union(bodies)
+    return {kind.__name__ for kind in architectures}.union(bodies)
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
     """The student's own config: what differs from the defaults, without d2kd's keys.
 
     It builds the student in stock Detectron2. Only an architecture or backbone that Detectron2
-    lacks keeps its node, and needs :func:`~d2kd.config.add_distill_config` to be
-    read.
+    lacks keeps its node, and needs :func:`~d2kd.config.add_distill_config` and what
+    :func:`modules_needed` says to be read.
 
     Args:
         cfg: the config of a run.

@@ -11,7 +11,7 @@ from torch import nn
 from d2kd.errors import UserError
 from d2kd.lazy import lazy_config, to_program
 from d2kd.model_zoo import FINAL_WEIGHTS
-from d2kd.student_config import needs_d2kd, student_config
+from d2kd.student_config import modules_needed, student_config
 
 from .files import Unreadable, read_file
 from .finite import first_not_finite
@@ -173,10 +173,12 @@ def write_student_yaml(cfg: CfgNode) -> None:
         "# this file. Detectron2 looks for them where MODEL.WEIGHTS says, which is where the run\n"
         f"# wrote them: once the folder has moved, give MODEL.WEIGHTS <folder>/{FINAL_WEIGHTS}\n"
     )
-    if needs_d2kd(cfg):
+    modules = modules_needed(cfg)
+    if modules:
         header += (
-            "# Detectron2 has no such architecture or backbone in YAML: import d2kd.modeling and\n"
-            "# call d2kd.config.add_distill_config(cfg) before this file is read\n"
+            "# Detectron2 has no such architecture or backbone in YAML: import "
+            f"{' and '.join(modules)},\n"
+            "# and call d2kd.config.add_distill_config(cfg) before this file is read\n"
         )
     with written_whole(os.path.join(cfg.OUTPUT_DIR, STUDENT_YAML)) as f:
         f.write(header + student_config(cfg).dump())

@@ -12,7 +12,7 @@ from d2kd.checkpoint import BEST_WEIGHTS, EMA_WEIGHTS, STUDENT_PROGRAM, STUDENT_
 from d2kd.distillation.detectors import million_parameters
 from d2kd.lazy import is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
-from d2kd.student_config import needs_d2kd
+from d2kd.student_config import modules_needed
 from d2kd.views import find_family
 
 from .averaging import EMA
@@ -86,7 +86,10 @@ def closing(cfg: CfgNode) -> str:
     own = STUDENT_PROGRAM if is_lazy(cfg) else STUDENT_YAML
     rows = [["the student", f"{os.path.join(folder, FINAL_WEIGHTS)}, its config {own}"]]
     if not is_lazy(cfg):
-        needs = "needs two lines of d2kd, see that file" if needs_d2kd(cfg) else "needs no d2kd"
+        modules = modules_needed(cfg)
+        own = [f"the module {x}" for x in modules if x != "d2kd.modeling"]
+        needs = f"needs {' and '.join(['two lines of d2kd', *own])}, see that file"
+        needs = needs if modules else "needs no d2kd"
         rows.append(["", f"Detectron2 reads it, and {needs}"])
     if os.path.isfile(os.path.join(folder, BEST_WEIGHTS)):
         rows.append(["the best one", os.path.join(folder, BEST_WEIGHTS)])

@@ -12,7 +12,7 @@ from d2kd.distillation import TeacherStudent, build_detector, build_model, build
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import resolve_config
-from d2kd.student_config import needs_d2kd, student_config
+from d2kd.student_config import modules_needed, student_config
 
 
 def test_no_method_is_the_plain_detector():
@@ -176,6 +176,8 @@ def test_student_config_has_only_what_differs(tmp_path):
     student = student_config(cfg)
     assert "DISTILL" not in student and "OPTIMIZER" not in student.SOLVER
     assert "FCOS" not in student.MODEL and "RPN" not in student.MODEL
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    assert modules_needed(cfg) == []
     assert str(tmp_path / "run" / "model_final.pth") == student.MODEL.WEIGHTS
 
 
@@ -184,9 +186,23 @@ def test_student_config_of_a_class_of_ones_own_keeps_the_node_of_its_base(tmp_pa
     opts = ["MODEL.META_ARCHITECTURE", "MyATSS", "MODEL.ATSS.NUM_CLASSES", 7]
     try:
         cfg = distill_config(tmp_path, "ATSS", opts)
-        assert student_config(cfg).MODEL.ATSS.NUM_CLASSES == 7 and needs_d2kd(cfg)
+        assert student_config(cfg).MODEL.ATSS.NUM_CLASSES == 7
+        assert modules_needed(cfg) == ["d2kd.modeling", __name__]
     finally:
         del META_ARCH_REGISTRY._obj_map["MyATSS"]
+
+
+def test_student_config_of_an_architecture_of_ones_own_keeps_what_it_may_read(tmp_path):
+    META_ARCH_REGISTRY.register(type("Mine", (META_ARCH_REGISTRY.get("RetinaNet"),), {}))
+    opts = ["MODEL.META_ARCHITECTURE", "Mine", "MODEL.FCOS.NUM_CLASSES", 7]
+    try:
+        cfg = distill_config(tmp_path, "RetinaNet", opts)
+        student = student_config(cfg).MODEL
+        assert student.FCOS.NUM_CLASSES == 7 and "ATSS" not in student
+        cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+        assert modules_needed(cfg) == [__name__]
+    finally:
+        del META_ARCH_REGISTRY._obj_map["Mine"]
 
 
 @pytest.mark.parametrize("device, current", [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
