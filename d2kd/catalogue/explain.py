@@ -1,12 +1,14 @@
 """One method, recipe or config key, explained."""
 
 import os
+import shlex
 import textwrap
 from typing import Iterator, List
 
 import yaml
 from detectron2.config import CfgNode
 
+from d2kd.command import typed_command
 from d2kd.config import default_config
 from d2kd.errors import UserError, nearest
 from d2kd.schema import get_value
@@ -50,7 +52,8 @@ def _explain_config(config: Config) -> str:
     lines += list(_reported(config))
     own = {key: value for key, value in config.own.items() if key != "_BASE_"}
     lines += ["", yaml.safe_dump(own, sort_keys=False).strip(), ""] if own else [""]
-    return "\n".join([*lines, f"d2kd train --config-file {config.file}"])
+    command = shlex.join([*typed_command(), "train", "--config-file", config.file])
+    return "\n".join([*lines, command])
 
 
 def _with_ap(config: str) -> str:

@@ -23,6 +23,7 @@ from typing import Iterator, Optional
 from detectron2.config import CfgNode
 
 from d2kd.check import Part, TeacherAP, check_run, check_without_data
+from d2kd.command import typed_command
 from d2kd.config import read_config
 from d2kd.data.findings import ERROR, WARNING, count, summary
 from d2kd.errors import UserError
@@ -120,7 +121,7 @@ def _teacher_ap(args: argparse.Namespace) -> Optional[TeacherAP]:
 
 def _training(args: argparse.Namespace) -> str:
     """The command that trains what was checked."""
-    words = ["d2kd", "train"]
+    words = [*typed_command(), "train"]
     for option in ("config_file", "student", "teacher"):
         value = getattr(args, option)
         words += [f"--{option.replace('_', '-')}", value] if value else []

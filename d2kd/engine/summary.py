@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from d2kd.checkpoint import BEST_WEIGHTS, EMA_WEIGHTS, STUDENT_PROGRAM, STUDENT_YAML
+from d2kd.command import typed_command
 from d2kd.distillation.detectors import million_parameters
 from d2kd.lazy import is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
@@ -104,11 +105,11 @@ def closing(cfg: CfgNode) -> str:
         rows.append([metric, f"{last}{best[1]:.2f} at best, after {best[0]} iterations"])
     files = f"{METRICS_FILE}, {LOG}, {VERSIONS}, and TensorBoard's events"
     rows.append(["the course of it", files])
-    word = shlex.quote(folder)
+    d2kd, word = shlex.join(typed_command()), shlex.quote(folder)
     rows += [
-        ["next", f"d2kd report {word}"],
-        ["", f"d2kd eval {word}"],
-        ["", f"d2kd predict {word} IMAGE"],
-        ["", f"d2kd export {word}"],
+        ["next", f"{d2kd} report {word}"],
+        ["", f"{d2kd} eval {word}"],
+        ["", f"{d2kd} predict {word} IMAGE"],
+        ["", f"{d2kd} export {word}"],
     ]
     return f"Done, in {folder}:\n{tabulate(rows, tablefmt='plain')}"

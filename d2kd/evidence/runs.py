@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from d2kd.checkpoint import written_whole
-from d2kd.command import train_command
+from d2kd.command import train_command, typed_command
 from d2kd.config import read_config
 from d2kd.distillation import distilled_methods, refuse_missing_weights
 from d2kd.distillation.detectors import build_on_meta
@@ -55,7 +55,7 @@ def _folder(row: Row, seed: int, output: str) -> str:
 
 def command(row: Row, seed: int, output: str, opts: Sequence[str] = ()) -> str:
     """The command line that trains a row, from the current folder."""
-    words = ["d2kd", "train", "--config-file", config_name(row.config)]
+    words = [*typed_command(), "train", "--config-file", config_name(row.config)]
     return shlex.join([*words, *opts_of(row, seed, output, opts)])
 
 

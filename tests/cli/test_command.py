@@ -8,12 +8,30 @@ import pytest
 
 from d2kd import command
 from d2kd.cli.main import main
+from d2kd.evidence import runs
+from d2kd.evidence.rows import Row
 from d2kd.pairing import finetune
 
 
 def test_without_a_script_it_is_d2kd(monkeypatch):
     monkeypatch.setattr(command, "_script", None)
     assert command.train_command() == [sys.executable, "-m", "d2kd", "train"]
+
+
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        ("/venv/bin/d2kd", ["d2kd"]),
+        ("/code/d2kd/__main__.py", ["d2kd"]),  # python -m d2kd
+        ("train_net.py", ["d2kd"]),
+        ("my_d2kd.py", ["python", "my_d2kd.py"]),
+    ],
+)
+def test_commands_are_shown_as_the_user_types_them(monkeypatch, program, words):
+    monkeypatch.setattr(sys, "argv", [program, "compare", "--commands"])
+    assert command.typed_command() == words
+    shown = runs.command(Row("x", "x.yaml", []), 1, "out")
+    assert shown.startswith(f"{' '.join(words)} train --config-file ")
 
 
 @pytest.fixture
