@@ -41,4 +41,4 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--share is {args.share}, --steps {args.steps}: give S > 0 and N > 1")
     cfg = read_config(args.config, args.opts)
     refuse_unusable(cfg)
-    print(proposals_text(propose_weights(cfg, args.share, args.steps)))
+    print(proposals_text(propose_weights(cfg, args.share, args.steps), args.config))

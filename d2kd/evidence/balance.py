@@ -1,5 +1,6 @@
 """How large the weights of a recipe's terms should be, from a short run."""
 
+import shlex
 import statistics
 import tempfile
 from typing import Dict, List, NamedTuple
@@ -13,6 +14,7 @@ from d2kd.distillation import TeacherStudent
 from d2kd.engine import DistillTrainer
 from d2kd.engine.logs import set_up_logs
 from d2kd.errors import UserError
+from d2kd.lazy import python_overrides
 from d2kd.methods.core import DISTILLER_REGISTRY, scalar_name
 
 
@@ -93,8 +95,14 @@ def _proposal(model: TeacherStudent, key: tuple, ratio: float, share: float) -> 
     return Proposal(name, weight, ratio, float(f"{weight * share / ratio:.2g}"))
 
 
-def proposals_text(proposals: List[Proposal]) -> str:
-    """A table, and the overrides that set the proposed weights."""
+def proposals_text(proposals: List[Proposal], config: str) -> str:
+    """A table, and the overrides that set the proposed weights.
+
+    Args:
+        proposals: what is proposed.
+        config: the file that they are for, in whose syntax the overrides are.
+    """
     rows = [[p.key, f"{p.weight:g}", f"{p.ratio:.2f}", f"{p.proposed:g}"] for p in proposals]
     table = tabulate(rows, ["key", "weight", "gradient", "proposed"], disable_numparse=True)
-    return f"{table}\n\n{' '.join(f'{p.key} {p.proposed}' for p in proposals)}"
+    changes = [str(word) for p in proposals for word in (p.key, p.proposed)]
+    return f"{table}\n\n{shlex.join(python_overrides(config, changes))}"

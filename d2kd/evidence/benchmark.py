@@ -18,6 +18,7 @@ from d2kd.distillation import TeacherStudent, build_model, distilled_methods, sa
 from d2kd.distillation.teacher import TeacherPass
 from d2kd.engine.memory import keep_freed_memory
 from d2kd.errors import UserError
+from d2kd.lazy import is_python, python_overrides
 from d2kd.views import Recorder, Regions, RegionSet, StudentView, TeacherView
 
 from .profile import Step, additional, gflops, host_syncs, peak_memory, timed
@@ -31,11 +32,10 @@ PARTS = {
 FORWARDS = ("b", "t")  # parts in which nothing is trained
 STANDARD_PARTS = ("a", "b", "c")  # whose ratios are published: t does b's work in another way
 _CPU = "CPU"  # with which the words for one begin
-# What a and b are measured with, whatever the recipe says
-AS_STOCK = (
+# How a teacher is as it is loaded
+_AS_LOADED = (
     *("DISTILL.TEACHER.FOLD_NORMS", False, "DISTILL.TEACHER.CHANNELS_LAST", False),
     *("DISTILL.TEACHER.COMPILE", False, "DISTILL.TEACHER.PRECISION", ""),
-    *("SOLVER.CHANNELS_LAST", False),
 )
 AMP = {"cuda": torch.float16, "cpu": torch.bfloat16}
 
@@ -57,13 +57,18 @@ class Case(NamedTuple):
     opts: Tuple[str, ...] = ()
     label: str = ""  # what the overrides make of it, for people
 
+    def as_stock(self) -> CfgNode:
+        """What a and b are measured with, whatever the recipe says: plain student and teacher."""
+        of_student = () if is_python(self.recipe) else ("SOLVER.CHANNELS_LAST", False)
+        return self.config((*_AS_LOADED, *of_student))
+
     def config(self, changes: Sequence[object] = ()) -> CfgNode:
         """Its config with more changes, KEY VALUE ..., and with random weights.
 
         Raises:
             UserError: if a change is none.
         """
-        cfg = read_config(self.recipe, [*self.opts, *changes])
+        cfg = read_config(self.recipe, python_overrides(self.recipe, [*self.opts, *changes]))
         cfg.MODEL.WEIGHTS = ""
         return cfg
 
@@ -153,7 +158,7 @@ def measure(
 
 
 def _steps(case: Case, load: Load, beside: Sequence[Sequence[str]]) -> Dict[str, Step]:
-    loaded = random_pair(case.config(AS_STOCK))
+    loaded = random_pair(case.as_stock())
     model = random_pair(case.config())
     inputs = random_batch(load, model.family.num_classes, case.config().MODEL)
     steps = {

@@ -8,7 +8,7 @@ from toys import STUDENTS
 from d2kd.cli.main import main
 from d2kd.errors import UserError
 from d2kd.evidence import benchmark
-from d2kd.evidence.benchmark import AS_STOCK, STANDARD, Case, Costs, Load
+from d2kd.evidence.benchmark import STANDARD, Case, Costs, Load
 from d2kd.evidence.costs import growth_text, read_costs
 from d2kd.evidence.profile import gflops, peak_memory
 from d2kd.views.families import BoxHead
@@ -63,6 +63,12 @@ def test_table_of_a_recipe(capsys):
     listed = lines[next(i for i, x in enumerate(lines) if x.startswith("| operation")) + 2 :]
     milliseconds = [float(x.split("|")[2]) for x in listed]
     assert len(milliseconds) == 3 and milliseconds == sorted(milliseconds, reverse=True)
+
+
+def test_a_python_config(capsys):
+    words = ["--size", "64", "--rounds", "1", "--device", "cpu"]
+    main(["benchmark", "shapes/frs/fcos_tiny_lazy.py", *words])
+    assert "c/(a+b) " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "[{}]", "[", "\xff"])
@@ -156,7 +162,7 @@ def test_wrong_growth_is_one_line(growth, capsys):
 
 def test_the_table_of_the_documents_can_be_built():
     for case in STANDARD:
-        assert case.config(AS_STOCK).DISTILL.METHODS, case
+        assert case.as_stock().DISTILL.METHODS, case
 
 
 def test_nothing_to_compare_is_one_line(capsys):
