@@ -147,11 +147,23 @@ def declared_reads(cfg: CfgNode, student: Family, teacher: Family) -> Dict[Tuple
     declared = {}
     for name, method in distilled_methods(cfg).items():
         node = method.node_of(cfg)
-        for term, reads in method.reads(node, student, teacher).items():
+        of_terms = method.reads(node, student, teacher)
+        _check_declared(method, node, of_terms)
+        for term, reads in of_terms.items():
             _check_reads(method, node, term, reads, student, teacher)
             declared[name, term] = reads
         method.check_pair(node, student, teacher)
     return declared
+
+
+def _check_declared(method: type, node: CfgNode, declared: Mapping[str, Reads]) -> None:
+    """Refuses a method that does not declare exactly its enabled terms."""
+    enabled = method.enabled_terms(node)
+    if set(declared) != set(enabled):
+        raise UserError(
+            f"{method.__name__}.reads declares the terms {sorted(declared)}, those with a weight "
+            f"are {sorted(enabled)}: give a Reads for each of these and no other"
+        )
 
 
 def weights_on_classes(reads: Mapping[Tuple[str, str], Reads]) -> List[str]:
