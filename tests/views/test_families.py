@@ -156,6 +156,14 @@ def test_what_it_lacks_is_refused_with_the_reason():
             distilled(QueryDetector(), detector(STUDENTS["FasterRCNN"]), "GDetKD")
 
 
+def test_classes_are_counted_under_detectron2s_names():
+    counted, heads = nn.Module(), nn.Module()
+    counted.num_classes, heads.roi_heads = 7, nn.Module()
+    heads.roi_heads.num_classes = 8
+    found = [Family(x).num_classes for x in (counted, heads, nn.Module())]
+    assert found == [7, 8, None]
+
+
 def test_its_weights_are_verified_by_what_its_family_says():
     model = QueryDetector()
     with registered(QueryFamily):

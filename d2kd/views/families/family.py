@@ -82,8 +82,11 @@ class Family:
 
     @property
     def num_classes(self) -> Optional[int]:
-        """How many classes it detects, background excluded; None if it does not say."""
-        return None
+        """How many classes it detects, background excluded; None if it does not say. By default
+        what Detectron2's detectors call so."""
+        parts = (self.detector, getattr(self.detector, "roi_heads", None))
+        counts = (getattr(part, "num_classes", None) for part in parts)
+        return next((count for count in counts if isinstance(count, int)), None)
 
     @property
     def level_names(self) -> List[str]:
