@@ -10,6 +10,7 @@ from d2kd.distillation import build_model
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.methods.core import Distiller, term
+from d2kd.schema import Key
 from d2kd.views import Features, Reads
 
 LEVELS = 5  # of the RetinaNet
@@ -101,3 +102,21 @@ def test_what_a_method_declares_to_read_is_checked(tmp_path, declared):
     said = r"^Mine.reads declares the terms \[.*\], those with a weight are \['feature'\]: give"
     with pytest.raises(UserError, match=said):
         losses_of(tmp_path, method(declared=declared))
+
+
+@pytest.mark.parametrize(
+    "name, keys, error, said",
+    [
+        ("Mine", {"feature": term(1.0)}, ValueError, "Mine.keys names 'feature': config keys are"),
+        ("Mine", {"X": {"weight": Key(1.0)}}, ValueError, r"Mine.keys\['X'\] names 'weight'"),
+        ("Mine", {"FEATURE": 1.0}, TypeError, r"Mine.keys\['FEATURE'\] is 1.0: give a Key"),
+        ("Mine", {"BETA": Key(1.0)}, ValueError, "Mine.keys has no loss term"),
+        ("Frs", {"FEATURE": term(1.0)}, ValueError, "Frs .* DISTILL.FRS, which is that of FRS"),
+        ("Teacher", {"FEATURE": term(1.0)}, ValueError, "DISTILL.TEACHER, which is d2kd's own"),
+    ],
+)
+def test_a_declaration_is_checked_when_it_is_registered(name, keys, error, said):
+    before = dict(DISTILLER_REGISTRY)
+    with pytest.raises(error, match=said):
+        DISTILLER_REGISTRY.register(type(name, (Distiller,), {"keys": keys}))
+    assert dict(DISTILLER_REGISTRY) == before
