@@ -178,7 +178,10 @@ class Family:
     @property
     def anchor_shapes(self) -> Tuple[Tuple[float, ...], ...]:
         """The anchors of one location of each level, x1 y1 x2 y2 around it, in pixels."""
-        raise NotImplementedError(f"{type(self).__name__} has no anchors")
+        raise UserError(
+            f"{type(self).__name__} does not define anchor_shapes, without which predictions of "
+            f"{self.name} cannot be compared: define it (docs/adding-a-detector.md)"
+        )
 
     def anchors(self, features: List[Tensor]) -> List[Boxes]:
         """The anchors, or boxes around the points, of levels of given sizes."""
