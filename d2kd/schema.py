@@ -94,6 +94,27 @@ def _is(value: Any, kind: type) -> bool:
     )
 
 
+def check_declaration(keys: Keys, what: str) -> None:
+    """
+    Args:
+        keys: as somebody wrote them.
+        what: where they stand in the code.
+
+    Raises:
+        TypeError: if one is neither a key nor a mapping of keys.
+        ValueError: if a name is not in capitals.
+    """
+    for name, key in keys.items():
+        if not isinstance(name, str) or name != name.upper():
+            raise ValueError(f"{what} names {name!r}: config keys are in capitals")
+        if isinstance(key, Mapping):
+            check_declaration(key, f"{what}[{name!r}]")
+        elif not isinstance(key, Key):
+            raise TypeError(
+                f"{what}[{name!r}] is {key!r}: give a Key, or a mapping of Keys as term(...) makes"
+            )
+
+
 def config_node(keys: Keys) -> CfgNode:
     """A config node with the defaults of keys; a mapping within makes a node within."""
     node = CfgNode()

@@ -34,6 +34,11 @@ def listing(kind: str, method: str = "", words: Sequence[str] = ()) -> str:
     if method and method not in known:
         raise UserError(f"--method is '{method}': {nearest(method, known)}")
     rows = KINDS[kind](method)
+    if not rows:
+        raise UserError(
+            f"--method is '{method}', for which d2kd has no {kind}: write one, as "
+            "docs/adding-a-method.md shows, or leave --method out"
+        )
     kept = [r for r in rows if all(w.lower() in " ".join(r).lower() for w in words)]
     if not kept:
         raise UserError(f"none of {len(rows)} {kind} has {' '.join(words)}: give fewer words")

@@ -33,6 +33,9 @@ _PERFECT = 95.0
 _COCO_DETECTIONS = 100  # of an image, that COCO's AP counts
 # The logger that reports on teacher and student
 _PAIR_REPORT = "d2kd.distillation.build"
+# Its line on where a teacher's weights come from, and what it is where they are a passing file
+_WEIGHTS = "The teacher's weights: "
+_RANDOM = f"{_WEIGHTS}random, for this check alone"
 
 
 class Part(NamedTuple):
@@ -81,10 +84,12 @@ def check_run(
         cfg = cfg if settings.findings else scale_to_processes(cfg, num_gpus)
         cfg = _of_one_process(cfg, 1 if settings.findings else num_gpus, folder)
         if not usable:
-            yield _attempt("model, on images of noise", lambda: _on_noise(cfg), debug)
+            noise = _attempt("model, on images of noise", lambda: _on_noise(cfg), debug)
+            yield from _unless_said(noise, settings)
             return
         yield _attempt("evaluation", lambda: _evaluation(cfg), debug)
-        yield _attempt("model, on its data", lambda: _steps(cfg), debug)
+        steps = _attempt("model, on its data", lambda: _steps(cfg), debug)
+        yield from _unless_said(steps, settings)
         if teacher_ap:
             yield _attempt("teacher", lambda: _teacher(cfg, teacher_ap), debug)
 
@@ -96,10 +101,19 @@ def check_without_data(cfg: CfgNode, debug: bool = False) -> Iterator[Part]:
         cfg: of a run.
         debug: let exceptions of libraries through.
     """
-    yield _attempt("config", lambda: _settings(cfg, 1), debug)
+    settings = _attempt("config", lambda: _settings(cfg, 1), debug)
+    yield settings
     with tempfile.TemporaryDirectory(prefix="d2kd_check_") as folder:
         cfg = _of_one_process(cfg, 1, folder)
-        yield _attempt("model, on images of noise", lambda: _with_random_teacher(cfg), debug)
+        part = _attempt("model, on images of noise", lambda: _with_random_teacher(cfg), debug)
+        lines = [_RANDOM if x.startswith(f"{_WEIGHTS}{folder}") else x for x in part.lines]
+        yield from _unless_said(part._replace(lines=lines), settings)
+
+
+def _unless_said(part: Part, before: Part) -> Iterator[Part]:
+    """A part, unless it ended at what an earlier one had found."""
+    if not part.findings or part.findings != before.findings:
+        yield part
 
 
 def _attempt(name: str, action: Callable[[], List[str]], debug: bool) -> Part:

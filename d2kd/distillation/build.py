@@ -35,6 +35,8 @@ from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+_NEVER_WHOLE = "the term never has its whole weight"
+
 
 def build_model(cfg: CfgNode) -> nn.Module:
     """The model that a config trains: the plain student if nothing is distilled, else a
@@ -147,11 +149,23 @@ def declared_reads(cfg: CfgNode, student: Family, teacher: Family) -> Dict[Tuple
     declared = {}
     for name, method in distilled_methods(cfg).items():
         node = method.node_of(cfg)
-        for term, reads in method.reads(node, student, teacher).items():
+        of_terms = method.reads(node, student, teacher)
+        _check_declared(method, node, of_terms)
+        for term, reads in of_terms.items():
             _check_reads(method, node, term, reads, student, teacher)
             declared[name, term] = reads
         method.check_pair(node, student, teacher)
     return declared
+
+
+def _check_declared(method: type, node: CfgNode, declared: Mapping[str, Reads]) -> None:
+    """Refuses a method that does not declare exactly its enabled terms."""
+    enabled = method.enabled_terms(node)
+    if set(declared) != set(enabled):
+        raise UserError(
+            f"{method.__name__}.reads declares the terms {sorted(declared)}, those with a weight "
+            f"are {sorted(enabled)}: give a Reads for each of these and no other"
+        )
 
 
 def weights_on_classes(reads: Mapping[Tuple[str, str], Reads]) -> List[str]:
@@ -211,13 +225,30 @@ def _build_schedule(cfg: CfgNode, distiller: Distiller, term: str) -> TermSchedu
         expected = f"give {levels}, one per FPN level, or" if levels else "this term has no levels,"
         key = f"{distiller.node_name()}.{term.upper()}"
         raise UserError(f"{key}.LEVEL_WEIGHTS has {given} numbers: {expected} none")
-    full = node.START_ITER + node.WARMUP_ITERS
-    if node.WARMUP_ITERS and full >= cfg.SOLVER.MAX_ITER:
-        logger.warning(
-            f"{distiller.term_key(term, 'WARMUP_ITERS')} is {node.WARMUP_ITERS}, the run has "
-            f"{cfg.SOLVER.MAX_ITER} iterations: the term never has its whole weight"
-        )
+    problem = _problem_of_schedule(node, cfg.SOLVER.MAX_ITER)
+    if problem:
+        logger.warning(f"{distiller.node_name()}.{term.upper()}.{problem}")
     return TermSchedule.from_config(node, cfg.SOLVER.MAX_ITER)
+
+
+def _problem_of_schedule(node: CfgNode, max_iter: int) -> str:
+    """Why a term never counts as its weight says, beginning with the key that is the cause; "" if
+    it does."""
+    start, warm_up, stop = node.START_ITER, node.WARMUP_ITERS, node.STOP_ITER
+    run = f"the run has {max_iter} iterations"
+    if node.LEVEL_WEIGHTS and not any(node.LEVEL_WEIGHTS):
+        return "LEVEL_WEIGHTS are all 0: the term has no effect; to leave it out, set WEIGHT to 0"
+    if start >= max_iter:
+        return f"START_ITER is {start}, {run}: the term never runs"
+    if not warm_up or start + warm_up < min(stop or max_iter, max_iter):
+        return ""
+    if warm_up >= max_iter:
+        return f"WARMUP_ITERS is {warm_up}, {run}: {_NEVER_WHOLE}"
+    if 0 < stop < max_iter:
+        return (
+            f"STOP_ITER is {stop}, START_ITER is {start}, WARMUP_ITERS is {warm_up}: {_NEVER_WHOLE}"
+        )
+    return f"START_ITER is {start}, {run}, WARMUP_ITERS is {warm_up}: {_NEVER_WHOLE}"
 
 
 def build_teacher(cfg: CfgNode, student: nn.Module) -> Teacher:

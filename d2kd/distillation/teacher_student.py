@@ -13,7 +13,7 @@ from d2kd.checkpoint import StudentCheckpointer
 from d2kd.errors import UserError
 from d2kd.layers import RandomStream, as_float, leaves
 from d2kd.methods import Distiller
-from d2kd.methods.core import Terms, TermSchedule, loss_name, scalar_name
+from d2kd.methods.core import Terms, TermSchedule, check_returned, loss_name, scalar_name
 from d2kd.views import Read, Reads, Recorder, StudentView, build_family
 
 from .balance import gradient_ratios
@@ -135,6 +135,7 @@ class TeacherStudent(nn.Module):
             distiller.want(terms)
             with watch.part("distillation"), distiller.random:
                 values = distiller(student, teacher, targets)
+            check_returned(distiller, values, terms)
             distilled.update(self._weighted(name, values, storage.iter))
             _log_diagnostics(name, values, storage)
         if (storage.iter + 1) % self.balance_period == 0:

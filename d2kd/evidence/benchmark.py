@@ -4,7 +4,7 @@ step side by side in one process, with random weights and images."""
 import contextlib
 import os
 import tempfile
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -173,11 +173,11 @@ def _steps(case: Case, load: Load, beside: Sequence[Sequence[str]]) -> Dict[str,
     return steps
 
 
-def random_batch(load: Load, num_classes: int, heads: CfgNode) -> List[dict]:
+def random_batch(load: Load, num_classes: Optional[int], heads: CfgNode) -> List[dict]:
     """Images of noise with random boxes, always the same.
 
     Args:
-        num_classes: K.
+        num_classes: K; None if it is unknown, for objects of the first class alone.
         heads: the node MODEL, which says whether masks and keypoints are learned.
     """
     generator = torch.Generator().manual_seed(0)
@@ -187,7 +187,7 @@ def random_batch(load: Load, num_classes: int, heads: CfgNode) -> List[dict]:
         size = (0.05 + 0.35 * torch.rand(load.boxes, 2, generator=generator)) * load.size
         instances = Instances((load.size, load.size))
         instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
-        instances.gt_classes = torch.randint(num_classes, (load.boxes,), generator=generator)
+        instances.gt_classes = torch.randint(num_classes or 1, (load.boxes,), generator=generator)
         if heads.MASK_ON:
             corners = instances.gt_boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]]
             instances.gt_masks = PolygonMasks([[polygon] for polygon in corners.numpy()])

@@ -55,11 +55,16 @@ def finetuned(pair: Pair) -> Pair:
     those that its own run starts from.
 
     Raises:
-        UserError: if the teacher's config is Python.
+        UserError: if the teacher's config is Python, or nobody says how many classes to learn.
     """
     if is_python(pair.teacher):
         raise UserError(f"--finetune-teacher needs a teacher in YAML, and '{pair.teacher}' is not")
     count = pair.student_classes.count
+    if count is None:
+        raise UserError(
+            f"--finetune-teacher needs the number of the student's classes, which neither the "
+            f"data nor {type(pair.student_family).__name__}.num_classes says: give one of the two"
+        )
     opts = [x for head in _heads(pair.cfg, count) for x in (f"MODEL.{head}.NUM_CLASSES", count)]
     return pair._replace(
         teacher_family=build_family(build_on_meta(pair.cfg, opts).detector),

@@ -2,7 +2,7 @@
 what training left."""
 
 import os
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 
@@ -22,12 +22,12 @@ _MOST_NAMED = 3  # classes in a message
 class Classes(NamedTuple):
     """What a detector tells apart."""
 
-    count: int
+    count: Optional[int]  # None if its family does not say
     names: Tuple[str, ...]  # in order; may be unknown
 
     def same_as(self, other: "Classes") -> bool:
         """Whether two detectors have the same classes, as far as they are known."""
-        if self.count != other.count:
+        if None not in (self.count, other.count) and self.count != other.count:
             return False
         return not (self.names and other.names) or self._plain() == other._plain()
 
@@ -37,7 +37,8 @@ class Classes(NamedTuple):
     def __str__(self) -> str:
         named = ", ".join(self.names[:_MOST_NAMED])
         more = ", ..." if len(self.names) > _MOST_NAMED else ""
-        return f"{self.count} classes" + (f" ({named}{more})" if named else "")
+        count = "unknown" if self.count is None else self.count
+        return f"{count} classes" + (f" ({named}{more})" if named else "")
 
 
 class Pair(NamedTuple):
@@ -92,6 +93,8 @@ def open_pair(student: str, teacher: str, opts: Sequence[str] = ()) -> Pair:
     source = build_on_meta(cfg)
     weights = weights or cfg.DISTILL.TEACHER.WEIGHTS or source.weights
     ours, theirs = student_family(cfg), build_family(source.detector)
+    in_data = class_names_of(cfg.DATASETS.TRAIN)
+    learned = len(in_data) or None  # by a student that does not say
     return Pair(
         base,
         config,
@@ -99,8 +102,8 @@ def open_pair(student: str, teacher: str, opts: Sequence[str] = ()) -> Pair:
         cfg,
         ours,
         theirs,
-        Classes(ours.num_classes or 0, class_names_of(cfg.DATASETS.TRAIN)),
-        Classes(theirs.num_classes or 0, _teacher_names(cfg, theirs, weights)),
+        Classes(learned if ours.num_classes is None else ours.num_classes, in_data),
+        Classes(theirs.num_classes, _teacher_names(cfg, theirs, weights)),
     )
 
 

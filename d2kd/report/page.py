@@ -178,6 +178,8 @@ def _detections(facts: Sequence[RunFacts], pairs: Sequence[Pair]) -> Grid:
     for f in facts:
         student = f.run.student()
         num_classes = build_family(student).num_classes
+        if num_classes is None:  # as many as there are names to draw
+            num_classes = len(shown.metadata.get("thing_classes", ()))
         found[f.name] = detections(student, f.cfg, shown.dicts, flip=False)
     for name, pair in _teachers(pairs).items():
         teacher, cfg = pair.model.teacher, pair.facts.cfg

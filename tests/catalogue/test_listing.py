@@ -8,6 +8,7 @@ from d2kd.catalogue import explain, listing
 from d2kd.catalogue.configs import configs, recipes
 from d2kd.catalogue.keys import all_keys, what_it_may_be
 from d2kd.catalogue.known_numbers import measured_costs
+from d2kd.catalogue.listing import KINDS
 from d2kd.cli.main import main
 from d2kd.config import read_config
 from d2kd.errors import UserError
@@ -64,6 +65,12 @@ def test_teachers_have_weights_or_have_to_be_trained(tmp_path, monkeypatch):
 def test_an_empty_list_says_why(args, message):
     with pytest.raises(UserError, match=message):
         listing(*args)
+
+
+def test_a_method_without_recipes_is_not_a_matter_of_words(monkeypatch):
+    monkeypatch.setitem(KINDS, "recipes", lambda method: [])  # as of one from elsewhere
+    with pytest.raises(UserError, match="^--method is 'FRS', for which d2kd has no recipes: write"):
+        listing("recipes", "FRS")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -102,6 +102,19 @@ def test_the_command_ends_with_a_count_and_what_is_next(cfg, tmp_path, capsys):
     assert stop.value.code == 1 and "SOLVER.MAX_ITER is 0" in capsys.readouterr().out
 
 
+def test_a_name_that_is_wrong_is_told_once(cfg):
+    cfg.DISTILL.METHODS = ["FRSS"]
+    for parts in (check_without_data(cfg), check_run(cfg, images=False)):
+        [message] = errors({part.name: part for part in parts})
+        assert message == "DISTILL.METHODS names 'FRSS': did you mean 'FRS'?"
+
+
+def test_a_teacher_without_weights_is_not_said_to_have_a_file(cfg):
+    lines = [line for part in check_without_data(cfg, debug=True) for line in part.lines]
+    assert "The teacher's weights: random, for this check alone" in lines
+    assert not any("d2kd_check_" in line for line in lines)
+
+
 def test_what_the_run_may_skip_is_a_warning(cfg, tmp_path):
     dicts = [dict(d) for d in DatasetCatalog.get("toy_train")]
     dicts[3]["file_name"] = str(tmp_path / "lost.jpg")

@@ -190,6 +190,12 @@ def test_the_teachers_forward_is_of_the_regions_that_are_compared(monkeypatch, r
     assert len(calls) == passes
 
 
+def test_objects_of_an_unknown_number_of_classes_are_of_the_first():
+    cfg = Case("shapes/frs/fcos_tiny.yaml", []).config()
+    inputs = benchmark.random_batch(Load(size=64), None, cfg.MODEL)
+    assert all(len(x["instances"]) and not x["instances"].gt_classes.any() for x in inputs)
+
+
 @pytest.mark.parametrize("heads", [["MODEL.MASK_ON", True], ["MODEL.KEYPOINT_ON", True]])
 def test_students_with_other_heads_find_their_ground_truth(heads):
     opts = ["MODEL.DEVICE", "cpu", "DISTILL.TEACHER.OPTS", heads, *heads]

@@ -9,6 +9,7 @@ from toys import STUDENTS, config, detector, distill_config
 from d2kd.checkpoint.weights import checksum
 from d2kd.config import default_config, load_yaml
 from d2kd.distillation import TeacherStudent, build_detector, build_model, build_teacher_detector
+from d2kd.distillation.build import _problem_of_schedule
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import resolve_config
@@ -109,6 +110,30 @@ def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path, caplog):
     build_model(distill_config(tmp_path, "FCOS", opts))
     [said] = [r.getMessage() for r in caplog.records if "WARMUP" in r.getMessage()]
     assert said.startswith("DISTILL.FRS.CLS.WARMUP_ITERS is 100, the run has 100 iterations")
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"START_ITER": 100}, "START_ITER is 100, the run has 100 iterations: the term never runs"),
+        ({"START_ITER": 99}, ""),
+        ({"START_ITER": 95, "WARMUP_ITERS": 5}, "START_ITER is 95, the run has 100 iterations, W"),
+        ({"START_ITER": 95, "WARMUP_ITERS": 4}, ""),
+        (
+            {"STOP_ITER": 10, "WARMUP_ITERS": 10},
+            "STOP_ITER is 10, START_ITER is 0, WARMUP_ITERS is",
+        ),
+        ({"STOP_ITER": 10, "WARMUP_ITERS": 9}, ""),
+        ({"STOP_ITER": 500, "WARMUP_ITERS": 100}, "WARMUP_ITERS is 100, the run has 100 iterati"),
+        ({"LEVEL_WEIGHTS": [0.0] * 5}, "LEVEL_WEIGHTS are all 0: the term has no effect"),
+        ({"LEVEL_WEIGHTS": [0.0, 0.0, 0.0, 0.0, 1.0]}, ""),
+    ],
+)
+def test_a_term_that_never_counts_is_told_by_the_key_that_is_the_cause(values, said):
+    node = DISTILLER_REGISTRY.get("CrossKD").default_config().CLS
+    node.update(values)
+    problem = _problem_of_schedule(node, 100)
+    assert problem.startswith(said) and bool(problem) == bool(said)
 
 
 def test_every_method_documents_a_node_of_its_own():

@@ -6,21 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import batch, distill_config, step
+from toys import STUDENTS, batch, detector, distill_config, step
 
 from d2kd.config import check_config
 from d2kd.distillation import build_model
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
-from d2kd.views import FAMILY_REGISTRY
+from d2kd.views import FAMILY_REGISTRY, build_family
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
-def run_example(page):
-    """Runs the first Python block of a page."""
-    code = re.search(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)[1]
-    exec(compile(code, page, "exec"), {"__name__": "example"})
+def run_example(page, number=0):
+    """Runs a Python block of a page; returns the names that it makes."""
+    code = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)[number]
+    names = {"__name__": "example"}
+    exec(compile(code, page, "exec"), names)
+    return names
 
 
 def test_one_file_of_annotations_becomes_two(tmp_path, monkeypatch):
@@ -61,6 +63,15 @@ def test_the_method_is_one(tmp_path, my_method, student):
     losses = step(build_model(cfg), batch())
     assert torch.isfinite(losses["loss_mymethod_feature"])
     sum(losses.values()).backward()
+
+
+def test_its_check_of_a_pair_refuses_other_anchors(my_method):
+    check = run_example("adding-a-method.md", 1)["check_pair"].__func__
+    mine = DISTILLER_REGISTRY.get("MyMethod")
+    retinanet, fcos = (build_family(detector(STUDENTS[x])) for x in ("RetinaNet", "FCOS"))
+    check(mine, None, retinanet, retinanet)
+    with pytest.raises(UserError, match="DISTILL.MYMETHOD compares predictions one by one: .* of"):
+        check(mine, None, fcos, retinanet)
 
 
 def proposal_network(folder):

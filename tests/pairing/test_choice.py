@@ -4,6 +4,8 @@ import pytest
 
 from d2kd.errors import UserError
 from d2kd.pairing import Classes, choose, open_pair
+from d2kd.pairing.finetune import finetuned
+from d2kd.views.families.dense import DenseFamily
 
 TINY = "shapes/baselines/{}_tiny"
 WEIGHTS = ["DISTILL.TEACHER.WEIGHTS", "teacher.pth"]
@@ -83,10 +85,27 @@ def test_what_was_asked_is_checked(names, message):
         (Classes(2, ("cat", "dog")), Classes(2, ("dog", "cat")), False),
         (Classes(2, ("cat", "dog")), Classes(2, ()), True),
         (Classes(2, ()), Classes(3, ()), False),
+        (Classes(None, ()), Classes(3, ("cat", "dog", "cow")), True),
+        (Classes(None, ("cat", "dog")), Classes(2, ("dog", "cat")), False),
+        (Classes(None, ()), Classes(0, ()), True),
     ],
 )
 def test_classes_are_compared_as_far_as_they_are_known(a, b, same):
     assert a.same_as(b) is same and b.same_as(a) is same
+
+
+def test_classes_that_nobody_counts_are_not_none():
+    assert str(Classes(None, ())) == "unknown classes" and str(Classes(0, ())) == "0 classes"
+
+
+def test_a_student_that_does_not_say_learns_the_classes_of_its_data(monkeypatch):
+    monkeypatch.setattr(DenseFamily, "num_classes", None)
+    found = pair("fcos", "fcos")
+    assert (found.student_classes.count, found.teacher_classes.count) == (6, None)
+    assert found.same_classes and finetuned(found).teacher_classes.count == 6
+    unknown = found._replace(student_classes=Classes(None, ()))
+    with pytest.raises(UserError, match="neither the data nor DenseFamily.num_classes says"):
+        finetuned(unknown)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from d2kd.views import (
 )
 from d2kd.views.families import DenseHead, Pixels
 from d2kd.views.families.dense import DenseFamily
+from d2kd.views.pairs import ANCHOR_SHAPES, check_same
 
 
 @contextlib.contextmanager
@@ -154,6 +155,21 @@ def test_what_it_lacks_is_refused_with_the_reason():
                 family.observe(read)
         with pytest.raises(UserError, match="neither a box head on an FPN nor anchors"):
             distilled(QueryDetector(), detector(STUDENTS["FasterRCNN"]), "GDetKD")
+
+
+def test_a_dense_family_without_anchor_shapes_is_told_which_member_lacks():
+    family = Family(detector(STUDENTS["FCOS"]))
+    family.dense_head = build_family(family.detector).dense_head
+    with pytest.raises(UserError, match="^Family does not define anchor_shapes, .* FCOS cannot"):
+        check_same(family, family, (ANCHOR_SHAPES,), "DISTILL.FRS.CLS.WEIGHT")
+
+
+def test_classes_are_counted_under_detectron2s_names():
+    counted, heads = nn.Module(), nn.Module()
+    counted.num_classes, heads.roi_heads = 7, nn.Module()
+    heads.roi_heads.num_classes = 8
+    found = [Family(x).num_classes for x in (counted, heads, nn.Module())]
+    assert found == [7, 8, None]
 
 
 def test_its_weights_are_verified_by_what_its_family_says():

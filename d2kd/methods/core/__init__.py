@@ -10,6 +10,7 @@ from .distiller import (
     loss_name,
     scalar_name,
 )
+from .returned import check_returned
 from .schedule import TermSchedule, term
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Distiller",
     "TermSchedule",
     "Terms",
+    "check_returned",
     "conv_adapters",
     "identity_adapters",
     "loss_name",

@@ -18,7 +18,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from d2kd.errors import UserError
@@ -26,7 +25,9 @@ from d2kd.layers import RandomStream
 from d2kd.schema import Keys, check_node, config_node, get_value, set_value
 from d2kd.views import Family, Reads, StudentView, TeacherView
 
-DISTILLER_REGISTRY = Registry("DISTILLER")
+from .registry import DistillerRegistry
+
+DISTILLER_REGISTRY = DistillerRegistry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = """
 Registry of distillation methods, by class name (the name used in ``DISTILL.METHODS``).
 

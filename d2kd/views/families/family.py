@@ -82,8 +82,11 @@ class Family:
 
     @property
     def num_classes(self) -> Optional[int]:
-        """How many classes it detects, background excluded; None if it does not say."""
-        return None
+        """How many classes it detects, background excluded; None if it does not say. By default
+        what Detectron2's detectors call so."""
+        parts = (self.detector, getattr(self.detector, "roi_heads", None))
+        counts = (getattr(part, "num_classes", None) for part in parts)
+        return next((count for count in counts if isinstance(count, int)), None)
 
     @property
     def level_names(self) -> List[str]:
@@ -175,7 +178,10 @@ class Family:
     @property
     def anchor_shapes(self) -> Tuple[Tuple[float, ...], ...]:
         """The anchors of one location of each level, x1 y1 x2 y2 around it, in pixels."""
-        raise NotImplementedError(f"{type(self).__name__} has no anchors")
+        raise UserError(
+            f"{type(self).__name__} does not define anchor_shapes, without which predictions of "
+            f"{self.name} cannot be compared: define it (docs/adding-a-detector.md)"
+        )
 
     def anchors(self, features: List[Tensor]) -> List[Boxes]:
         """The anchors, or boxes around the points, of levels of given sizes."""
