@@ -11,9 +11,9 @@ from torch import nn
 from d2kd.checkpoint import load_teacher_weights
 from d2kd.config import check_config
 from d2kd.data.classes import class_names_of
-from d2kd.errors import UserError, nearest
+from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
-from d2kd.methods.core import TermSchedule
+from d2kd.methods.core import TermSchedule, unregistered
 from d2kd.views import (
     Assignment,
     CannotRead,
@@ -68,7 +68,7 @@ def distilled_methods(cfg: CfgNode) -> Dict[str, type]:
     methods = {}
     for name in cfg.DISTILL.METHODS:
         if name not in known:
-            raise UserError(f"DISTILL.METHODS names '{name}': {nearest(name, known)}")
+            raise UserError(unregistered(name))
         if name in methods:
             raise UserError(f"DISTILL.METHODS names '{name}' twice: list it once")
         methods[name] = known[name]

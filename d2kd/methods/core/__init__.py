@@ -11,6 +11,7 @@ from .distiller import (
     scalar_name,
 )
 from .schedule import TermSchedule, term
+from .unregistered import settle_unregistered, unregistered
 
 __all__ = [
     "DISTILLER_REGISTRY",
@@ -24,5 +25,7 @@ __all__ = [
     "loss_name",
     "matching_adapters",
     "scalar_name",
+    "settle_unregistered",
     "term",
+    "unregistered",
 ]
