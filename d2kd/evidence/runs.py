@@ -22,7 +22,7 @@ from d2kd.distillation import distilled_methods, refuse_missing_weights
 from d2kd.distillation.detectors import build_on_meta
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.results import METRICS
-from d2kd.engine.run_config import config_file
+from d2kd.engine.run_config import changed_settings, the_first
 from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import FINAL_WEIGHTS, config_name
@@ -186,15 +186,12 @@ class _Training:
         self._opts = opts_of(row, seed, output, opts)
         self._cfg = cfg = read_config(row.config, self._opts)
         self._max_iter = cfg.SOLVER.MAX_ITER
-        file, text = config_file(cfg)
-        saved = os.path.join(self.folder, file)
-        if os.path.isfile(saved):
-            with open(saved, "rb") as f:
-                if f.read() != text.encode():
-                    raise UserError(
-                        f"{self.folder} holds a run with another config: remove it, or give "
-                        "another --output"
-                    )
+        changed = changed_settings(cfg, evaluation=True)
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a run with another config: {the_first(changed)}; remove it, "
+                "or give another --output"
+            )
         self._before = self._done = min(steps_done(self.folder), self._max_iter)
 
     def missing_teacher(self) -> str:

@@ -156,7 +156,12 @@ def test_finished_runs_are_not_repeated(compare, tmp_path, capsys):
     assert cells[1].config == RECIPE and cells[1].seconds == 2.0 and 0.4 < cells[1].parameters < 0.5
     with pytest.raises(SystemExit):  # other settings, the same folder
         compare(text, "--output", "out", "SOLVER.MAX_ITER", "3")
-    assert "holds a run with another config" in capsys.readouterr().err
+    changed = "holds a run with another config: SOLVER.MAX_ITER was 750, is 3; remove it"
+    assert changed in capsys.readouterr().err
+    compare(text, "--output", "out", "RUN.KEEP_CHECKPOINTS", "3")  # comes to the same
+    with pytest.raises(SystemExit):  # results of another set
+        compare(text, "--output", "out", "DATASETS.TEST", "('shapes_tiny_train',)")
+    assert "DATASETS.TEST was ['shapes_tiny_val'], is" in capsys.readouterr().err
 
 
 def line(iteration, ap=None, prefix=""):
