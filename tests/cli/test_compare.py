@@ -185,7 +185,7 @@ def test_a_run_that_was_trained_elsewhere_is_gathered(tmp_path, monkeypatch, set
     (folder / "metrics.json").write_text(ended)
     assert not runs._Training(row, 1, "out", opts).is_finished()
     (folder / "metrics.json").write_text(ended + line(750, 30.0, prefix))
-    (run,) = train_rows([(row, 1)], "out", opts)
+    (run,) = train_rows([(row, 1)], "out", opts).runs
     assert run.results["AP"] == 30.0 and run.seconds is None
 
 
@@ -257,9 +257,10 @@ def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, c
     monkeypatch.chdir(tmp_path)
     fails = "import sys; print('starting'); sys.exit('error: no teacher')"
     monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, "-c", fails])
-    with pytest.raises(UserError, match="^training shapes/frs/fcos_tiny, seed 1 failed: no teac"):
+    with pytest.raises(UserError, match="^1 of 1 runs failed: shapes/frs/fcos_tiny, seed 1: no te"):
         train_row(read_rows(RECIPE)[0], 1, "out")
-    assert "starting\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "starting\n" in said and "fcos_tiny, seed 1 failed: no teacher\n" in said
 
 
 def test_a_line_that_is_being_written_does_not_count(tmp_path):
