@@ -1,6 +1,7 @@
 """``d2kd compare``: what it reads, the commands that it prints, and what it makes of runs."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.evidence import runs
 from d2kd.evidence.cells import Cell, by_label, cell_of, read_cells, write_cells
-from d2kd.evidence.rows import Row, folder_of, labels_of, read_rows, read_table
+from d2kd.evidence.rows import Row, check_rows, folder_of, labels_of, read_rows, read_table
 from d2kd.evidence.runs import Run, steps_done, train_row, train_rows
 from d2kd.evidence.tables import table
 
@@ -52,10 +53,10 @@ def test_rows_of_a_table(tmp_path):
 def test_keys_of_a_row_may_be_nested_as_in_a_config(tmp_path):
     path = tmp_path / "table.yaml"
     path.write_text(
-        f"BASE: {RECIPE}\nROWS: {{a: {{SOLVER: {{MAX_ITER: 9, STEPS: [1]}}, SEED: 2}}}}"
+        f"BASE: {RECIPE}\nROWS: {{a: {{SOLVER: {{MAX_ITER: 9, STEPS: [1]}}, VERSION: 2}}}}"
     )
     (row,) = read_table(str(path))
-    assert row.opts == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "[1]", "SEED", "2"]
+    assert row.opts == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "[1]", "VERSION", "2"]
 
 
 def test_a_row_may_have_a_base_of_its_own(tmp_path):
@@ -67,6 +68,22 @@ def test_a_row_may_have_a_base_of_its_own(tmp_path):
     (row,) = read_table(str(path))
     assert row.config.endswith("configs/shapes/baselines/fcos_tiny.yaml")
     assert row.opts == ["SOLVER.MAX_ITER", "9"]
+
+
+def test_a_table_needs_no_base_if_every_row_has_its_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"ROWS: {{a: {{BASE: {RECIPE}}}, b: {{BASE: shapes/baselines/fcos_tiny}}}}")
+    assert [os.path.basename(os.path.dirname(row.config)) for row in read_rows(str(path))] == [
+        "frs",
+        "baselines",
+    ]
+
+
+def test_another_method_in_a_row_brings_its_keys(tmp_path):
+    keys = "{DISTILL.METHODS: [PKD], DISTILL.PKD.FEATURE.WEIGHT: 9.0}"
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"BASE: {RECIPE}\nROWS: {{PKD: {keys}}}")
+    check_rows(read_table(str(path)))
 
 
 def test_commands_of_a_table(compare, capsys):
@@ -99,7 +116,15 @@ def test_rows_of_one_label_are_told_apart():
         (f"BASE: {RECIPE}\nROWS: {{a: {{SEED: 2024-13-45}}}}", "month must be"),
         (f"BASE: {RECIPE}\nROWS: {{a: {{", "mine.yaml: while parsing"),
         (f"BASE: {RECIPE}\nROWS: {{a: {{DISTILL.FRS.CLASS: 1}}}}", "row 'a': no config key"),
-        (f"BASE: {RECIPE}\nROWS: {{a b: {{SEED: 1}}, a-b: {{SEED: 2}}}}", "one folder"),
+        (f"BASE: {RECIPE}\nROWS: {{a b: {{VERSION: 1}}, a-b: {{VERSION: 2}}}}", "one folder"),
+        (f"BASE: {RECIPE}\nROWS: {{}}", "ROWS is missing"),
+        (f"BASE: {RECIPE}\nROWS: {{1.0: {{}}, true: {{}}}}", "row 1.0 has no text for a label"),
+        (f"BASE: {RECIPE}\nROWS: {{a: {{SEED: 2}}}}", "row 'a': SEED is given to each run by --s"),
+        (f"BASE: {RECIPE}\nROWS: {{a: {{OUTPUT_DIR: x}}}}", "row 'a': OUTPUT_DIR is given to"),
+        (
+            f"BASE: {RECIPE}\nROWS: {{a: {{DISTILL: {{PKD: {{FEATURE: {{WEIGHT: 9.0}}}}}}}}}}",
+            "row 'a': DISTILL.PKD.FEATURE.WEIGHT has no effect, DISTILL.METHODS is ['FRS']: name",
+        ),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(compare, capsys, text, message):
@@ -117,6 +142,7 @@ def test_bad_tables_are_refused_in_one_line(compare, capsys, text, message):
         (["--seeds", "1", "1"], "--seeds has one twice: 1 1"),
         (["SOLVER.MAX_ITERS", "3"], "no config key SOLVER.MAX_ITERS"),
         (["--seeds", "1", "SOLVER.MAX_ITER"], "give pairs of KEY VALUE"),
+        (["OUTPUT_DIR", "x"], "command line: OUTPUT_DIR is given to each run by --output"),
         (["DATASETS.TEST", "()"], "row 'plain student': DATASETS.TEST is empty"),
     ],
 )
