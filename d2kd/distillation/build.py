@@ -77,6 +77,7 @@ def distilled_methods(cfg: CfgNode) -> Dict[str, type]:
 
 def build_teacher_student_parts(cfg: CfgNode) -> Dict:
     """The constructor arguments of ``TeacherStudent``. Logs a report that compares the pair."""
+    _warn_of_unused_keys(cfg)
     student = build_detector(cfg)
     family = build_family(student)
     # Whatever is built beside the student must not change its random numbers.
@@ -105,6 +106,18 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
         "reads": reads,
         "schedules": schedules,
     }
+
+
+def _warn_of_unused_keys(cfg: CfgNode) -> None:
+    """Of methods that are set up and not used: their name may be missing in the list."""
+    for name, method in DISTILLER_REGISTRY:
+        node = method.default_config()
+        method.use_defaults_of(node, cfg.MODEL.META_ARCHITECTURE)
+        if name not in cfg.DISTILL.METHODS and method.node_of(cfg) != node:
+            logger.warning(
+                f"{method.node_name()} has no effect, DISTILL.METHODS is "
+                f"{list(cfg.DISTILL.METHODS)}: add '{name}', or leave out its keys"
+            )
 
 
 def _initialize_student(
