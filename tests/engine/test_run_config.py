@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from d2kd.config import read_config
+from d2kd.engine import run_config
 from d2kd.engine.run_config import changed_settings, config_file, differences, write_run_config
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
@@ -56,12 +57,14 @@ def test_changed_defaults_of_a_method_that_is_not_used_are_no_change(
     assert changed_settings(cfg) == []
 
 
-def test_nor_are_those_in_a_config_of_an_earlier_version(own, tmp_path):
+@pytest.mark.parametrize("recipe", [RECIPE, LAZY])
+def test_nor_are_those_in_a_config_of_an_earlier_version(own, tmp_path, recipe, monkeypatch):
     """It has the nodes of all methods."""
-    cfg = read_config(RECIPE, ["OUTPUT_DIR", str(tmp_path)])
-    (tmp_path / "config.yaml").write_text(cfg.dump())
+    monkeypatch.setattr(run_config, "_without_unused_methods", lambda cfg: cfg)
+    _, path = written(tmp_path, recipe)
+    assert "OWNMETHOD" in path.read_text()
     own()
-    again = read_config(str(tmp_path / "config.yaml"))
+    again = read_config(str(path))
     assert again.DISTILL.METHODS == ["FRS"] and "OWNMETHOD" not in again.DISTILL
     assert changed_settings(again) == []
 
