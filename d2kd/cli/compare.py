@@ -1,8 +1,10 @@
 """Trains configs over seeds and compares them in a table: means, deviations, gains.
 
-A file of ablations stands for all of its rows; the first row is the baseline. Runs that are
-finished are not repeated, an interrupted one goes on. The table is printed, and written as Markdown
-beside a figure and every run as data; from five seeds on, gains have a paired t-test.
+A file of ablations (docs/training.md, "Tables") stands for all of its rows; the first row is the
+baseline. Runs that are finished are not repeated, an interrupted one goes on. If one fails, the
+others are still trained; the error at the end names it, and the same command repeats it. The table
+is printed, and written as Markdown beside a figure and every run as data; from five seeds on, gains
+have a paired t-test.
 
 examples:
   d2kd compare shapes/baselines/fcos_tiny shapes/frs/fcos_tiny --seeds 1 2 3
@@ -60,8 +62,12 @@ def run(args: argparse.Namespace) -> None:
         for row, seed in runs:
             print(command(row, seed, args.output, opts))
         return
-    text = compare(rows, _numbers(seeds), args.output, opts, args.jobs)
-    print(f"\n{text}\n\n{os.path.join(args.output, '')}: {', '.join((TABLE, CELLS, FIGURE))}")
+    text, problem = compare(rows, _numbers(seeds), args.output, opts, args.jobs)
+    if text:
+        written = ", ".join((TABLE, CELLS, FIGURE))
+        print(f"\n{text}\n\n{os.path.join(args.output, '')}: {written}", flush=True)
+    if problem:
+        raise UserError(f"{problem}; the same command trains those again, and no others")
 
 
 def _numbers(seeds: Sequence[str]) -> List[int]:

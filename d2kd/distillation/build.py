@@ -11,9 +11,9 @@ from torch import nn
 from d2kd.checkpoint import load_teacher_weights
 from d2kd.config import check_config
 from d2kd.data.classes import class_names_of
-from d2kd.errors import UserError, nearest
+from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
-from d2kd.methods.core import TermSchedule
+from d2kd.methods.core import TermSchedule, unregistered
 from d2kd.views import (
     Assignment,
     CannotRead,
@@ -70,7 +70,7 @@ def distilled_methods(cfg: CfgNode) -> Dict[str, type]:
     methods = {}
     for name in cfg.DISTILL.METHODS:
         if name not in known:
-            raise UserError(f"DISTILL.METHODS names '{name}': {nearest(name, known)}")
+            raise UserError(unregistered(name))
         if name in methods:
             raise UserError(f"DISTILL.METHODS names '{name}' twice: list it once")
         methods[name] = known[name]
@@ -79,6 +79,7 @@ def distilled_methods(cfg: CfgNode) -> Dict[str, type]:
 
 def build_teacher_student_parts(cfg: CfgNode) -> Dict:
     """The constructor arguments of ``TeacherStudent``. Logs a report that compares the pair."""
+    _warn_of_unused_keys(cfg)
     student = build_detector(cfg)
     family = build_family(student)
     # Whatever is built beside the student must not change its random numbers.
@@ -107,6 +108,18 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
         "reads": reads,
         "schedules": schedules,
     }
+
+
+def _warn_of_unused_keys(cfg: CfgNode) -> None:
+    """Of methods that are set up and not used: their name may be missing in the list."""
+    for name, method in DISTILLER_REGISTRY:
+        node = method.default_config()
+        method.use_defaults_of(node, cfg.MODEL.META_ARCHITECTURE)
+        if name not in cfg.DISTILL.METHODS and method.node_of(cfg) != node:
+            logger.warning(
+                f"{method.node_name()} has no effect, DISTILL.METHODS is "
+                f"{list(cfg.DISTILL.METHODS)}: add '{name}', or leave out its keys"
+            )
 
 
 def _initialize_student(

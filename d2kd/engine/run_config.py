@@ -3,16 +3,17 @@
 import logging
 import os
 import re
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Container, Dict, List, Mapping, Sequence, Set, Tuple
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from d2kd.checkpoint import SavedRun, written_whole
-from d2kd.config import default_config
+from d2kd.config import DISTILL_KEYS, default_config
 from d2kd.errors import UserError
 from d2kd.lazy import comparable, is_lazy, is_python, lazy_config, load_program, to_program
+from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import read_yaml
 from d2kd.schema import leaves
 
@@ -40,6 +41,8 @@ _FREE = (
     "train.log_period",
     "train.output_dir",
 )
+# Of these, what changes the numbers of an evaluation
+_FREE_IF_TRAINED = ("DATASETS.TEST", "TEST", "dataloader.evaluator", "dataloader.test")
 _NOT_FREE = ("TEST.PRECISE_BN",)  # changes the statistics of the student
 # Thresholds of the student's inference, as Detectron2 names them: MODEL.X_TEST, model.test_x
 _FREE_NAME = re.compile(r"(?!DISTILL).*_TEST|model\.(.*\.)?test_\w+")
@@ -49,9 +52,20 @@ _MISSING = object()
 
 def config_file(cfg: CfgNode) -> Tuple[str, str]:
     """What the config of a run is kept as: the name of the file, and what it holds."""
+    kept = _without_unused_methods(cfg)
     if is_lazy(cfg):
-        return CONFIG_PROGRAM, to_program(lazy_config(cfg), "# The config of this run")
-    return CONFIG_YAML, cfg.dump()
+        return CONFIG_PROGRAM, to_program(lazy_config(kept), "# The config of this run")
+    return CONFIG_YAML, kept.dump()
+
+
+def _without_unused_methods(cfg: CfgNode) -> CfgNode:
+    """A run can be opened where a method that it does not use is not registered, or has changed."""
+    kept = cfg.clone()
+    kept.defrost()
+    for name, method in DISTILLER_REGISTRY:
+        if name not in cfg.DISTILL.METHODS:
+            del kept.DISTILL[method.__name__.upper()]
+    return kept
 
 
 def write_run_config(cfg: CfgNode) -> None:
@@ -93,42 +107,68 @@ def refuse_changed(cfg: CfgNode, saved: SavedRun, processes: int) -> None:
         UserError: if something differs that changes what the run comes to.
     """
     path = config_of_run(cfg.OUTPUT_DIR)
-    changed: List[str] = []
-    if os.path.isfile(path) and is_python(path) != is_lazy(cfg):
-        changed.append(f"its config is {path}")
-    elif os.path.isfile(path):
-        read = _read_program if is_python(path) else read_yaml
-        changed += differences(read(path), cfg)
-    else:
+    if not os.path.isfile(path):
         logger.warning(f"{path} is missing: the settings of the run cannot be compared with it")
+    changed = changed_settings(cfg)
     if saved.processes not in (0, processes):
         changed.append(f"the number of processes was {saved.processes}, is {processes}")
     if changed:
-        more = f", and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
         raise UserError(
             f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' holds a run with other settings: "
-            f"{', '.join(changed[:_MOST_NAMED])}{more}; give those of the run, or another "
+            f"{the_first(changed)}; give those of the run, or another "
             "OUTPUT_DIR, or --force-resume to go on with the new ones"
         )
 
 
-def differences(saved: Mapping[str, Any], cfg: CfgNode) -> List[str]:
+def changed_settings(cfg: CfgNode, evaluation: bool = False) -> List[str]:
+    """:func:`differences` between the config that lies in ``OUTPUT_DIR``, if one does, and this."""
+    path = config_of_run(cfg.OUTPUT_DIR)
+    if not os.path.isfile(path):
+        return []
+    if is_python(path) != is_lazy(cfg):
+        return [f"its config is {path}"]
+    read = _read_program if is_python(path) else read_yaml
+    return differences(read(path), cfg, evaluation)
+
+
+def the_first(changed: Sequence[str]) -> str:
+    """Of many changes, as many as a message has room for."""
+    more = f", and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+    return ", ".join(changed[:_MOST_NAMED]) + more
+
+
+def differences(saved: Mapping[str, Any], cfg: CfgNode, evaluation: bool = False) -> List[str]:
     """
     Args:
         saved: what the config of a run holds.
         cfg: the config that it is compared with.
+        evaluation: whether keys count as well that change how the student is evaluated.
 
     Returns:
         a few words per key that changes the result of a run and has another value. A key that the
-        saved one lacks counts with its default.
+        saved one lacks counts with its default, one of a method that they do not share not at all.
     """
     before = {**dict(leaves(_defaults(cfg))), **dict(leaves(saved))}
     now = dict(leaves(_plain(cfg)))
+    shared = _methods(before) & _methods(now)
     return [
         f"{key} {_words(before.get(key, _MISSING), 'was')}, {_words(now.get(key, _MISSING), 'is')}"
         for key in sorted({*before, *now})
-        if _counts(key) and repr(before.get(key, _MISSING)) != repr(now.get(key, _MISSING))
+        if _counts(key, evaluation)
+        and not _is_of_other_methods(key, shared)
+        and repr(before.get(key, _MISSING)) != repr(now.get(key, _MISSING))
     ]
+
+
+def _methods(values: Mapping[str, Any]) -> Set[str]:
+    """The nodes of the methods that a run trains with, by all values of its config."""
+    names = values.get("DISTILL.METHODS", values.get("distill.METHODS"))
+    return {str(name).upper() for name in names} if isinstance(names, list) else set()
+
+
+def _is_of_other_methods(key: str, nodes: Container[str]) -> bool:
+    node = re.match(r"(?:DISTILL|distill)\.(\w+)\.", key)
+    return node is not None and node[1] not in DISTILL_KEYS and node[1] not in nodes
 
 
 def _read_program(path: str) -> Dict[str, Any]:
@@ -145,11 +185,12 @@ def _words(value: Any, verb: str) -> str:
     return f"{verb} missing" if value is _MISSING else f"{verb} {value!r:.60}"
 
 
-def _counts(key: str) -> bool:
+def _counts(key: str, evaluation: bool) -> bool:
     if key.startswith(_NOT_FREE):
         return True
-    within = any(key == name or key.startswith(name + ".") for name in _FREE)
-    return not within and not _FREE_NAME.fullmatch(key)
+    free = [name for name in _FREE if not (evaluation and name in _FREE_IF_TRAINED)]
+    within = any(key == name or key.startswith(name + ".") for name in free)
+    return not within and (evaluation or not _FREE_NAME.fullmatch(key))
 
 
 def _plain(cfg: CfgNode) -> Dict[str, Any]:

@@ -16,12 +16,13 @@ def draw_rows(rows: Dict[str, List[Cell]], baseline: str, path: str) -> None:
 
     Args:
         rows: the cells of every row, by label, drawn from the top.
-        baseline: label of the row whose mean is a line through all of them.
+        baseline: label of the row whose mean is a line through all of them, if it is there.
         path: of the PNG.
     """
     figure = Figure(figsize=(7, 1 + 0.35 * len(rows)))
     axes = figure.subplots()
-    axes.axvline(_mean(rows[baseline]), color="0.6", linestyle="--", linewidth=1)
+    if baseline in rows:
+        axes.axvline(_mean(rows[baseline]), color="0.6", linestyle="--", linewidth=1)
     for y, cells in enumerate(rows.values()):
         axes.plot([c.results["AP"] for c in cells], [y] * len(cells), "o", color="C0", alpha=0.5)
         axes.plot([_mean(cells)] * 2, [y - 0.3, y + 0.3], color="C0", linewidth=2)

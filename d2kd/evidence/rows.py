@@ -11,10 +11,18 @@ import yaml
 from d2kd.config import read_config
 from d2kd.errors import UserError, nearest
 from d2kd.lazy import python_overrides
+from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import recipe_name, resolve_config
 from d2kd.safe_yaml import plain_yaml
 
 TABLE_KEYS = ("BASE", "PLAIN", "ROWS")
+# What a comparison gives to each run, in the names of YAML and of Python configs
+_GIVEN = {
+    "SEED": "--seeds",
+    "train.seed": "--seeds",
+    "OUTPUT_DIR": "--output",
+    "train.output_dir": "--output",
+}
 
 
 class Row(NamedTuple):
@@ -50,8 +58,8 @@ def read_table(path: str) -> List[Row]:
 
     Its keys are ``BASE``, the recipe; ``ROWS``, which maps the label of a row to the config keys
     that it changes, in full or nested as in a config, ``{}`` for the recipe itself; and,
-    optionally, ``PLAIN``, the config of the student alone. A row may have a ``BASE`` of its own.
-    Paths are relative to the file.
+    optionally, ``PLAIN``, the config of the student alone. A row may have a ``BASE`` of its own; if
+    all have, the file needs none. Paths are relative to the file.
 
     Args:
         path: of the file.
@@ -66,16 +74,23 @@ def read_table(path: str) -> List[Row]:
     rows = []
     if "PLAIN" in content:
         rows.append(Row("plain student", _beside(path, content, "PLAIN"), []))
-    base = _beside(path, content, "BASE")
+    base = _beside(path, content, "BASE") if content.get("BASE") else ""
     for label, changes in content["ROWS"].items():
         if not isinstance(changes, dict):
             raise UserError(
                 f"{path}: row '{label}' is {changes!r}: give a mapping from config keys to values, "
                 "{} for the recipe itself"
             )
+        if not isinstance(label, str):  # 1.0 and true would be one row
+            raise UserError(f"{path}: row {label!r} has no text for a label: put it in quotes")
         own = _beside(path, changes, "BASE") if "BASE" in changes else base
+        if not own:
+            raise UserError(
+                f"{path}: BASE is missing: name the recipe that the rows change, or that of row "
+                f"'{label}'"
+            )
         changes = {key: value for key, value in changes.items() if key != "BASE"}
-        rows.append(Row(str(label), own, _opts(changes)))
+        rows.append(Row(label, own, _opts(changes)))
     return rows
 
 
@@ -100,9 +115,7 @@ def _read_mapping(path: str) -> Dict[str, Any]:
     for key in content:
         if key not in TABLE_KEYS:
             raise UserError(f"{path}: no key {key}: {nearest(str(key), TABLE_KEYS)}")
-    if not content.get("BASE"):
-        raise UserError(f"{path}: BASE is missing: name the recipe that the rows change")
-    if not isinstance(content.get("ROWS"), dict):
+    if not isinstance(content.get("ROWS"), dict) or not content["ROWS"]:
         raise UserError(f"{path}: ROWS is missing or no mapping: give 'label: {{KEY: value}}'")
     return content
 
@@ -129,17 +142,40 @@ def check_rows(rows: Sequence[Row], opts: Sequence[str] = ()) -> None:
         opts: overrides of all of them, KEY VALUE ...
 
     Raises:
-        UserError: if one is broken, or different rows have one folder.
+        UserError: if one is broken, or sets what the comparison sets or what no method reads, or
+            different rows have one folder.
     """
+    _refuse_given(opts, "command line")
     seen: Dict[str, Row] = {}
     for row in rows:
         folder = folder_of(row)
         if seen.setdefault(folder, row)[1:] != row[1:]:
             raise UserError(f"two rows would go to one folder, {folder}: give them other labels")
-        read_config(row.config, python_overrides(row.config, row.opts), f"row '{row.label}'")
+        _refuse_given(row.opts, f"row '{row.label}'")
+        own = read_config(row.config, python_overrides(row.config, row.opts), f"row '{row.label}'")
+        _refuse_unused(row, own.DISTILL.METHODS)
         cfg = read_config(row.config, python_overrides(row.config, [*row.opts, *opts]))
         if not cfg.DATASETS.TEST:
             raise UserError(f"row '{row.label}': DATASETS.TEST is empty, there is no AP to compare")
+
+
+def _refuse_given(opts: Sequence[str], where: str) -> None:
+    for word in opts:
+        key = str(word).partition("=")[0]
+        if key in _GIVEN:
+            raise UserError(f"{where}: {key} is given to each run by {_GIVEN[key]}: leave it out")
+
+
+def _refuse_unused(row: Row, methods: Sequence[str]) -> None:
+    """A row is not to be called after keys that change nothing in it."""
+    nodes = {name.upper() for name, _ in DISTILLER_REGISTRY} - set(map(str.upper, methods))
+    for key in row.opts:
+        node = re.match(r"DISTILL\.(\w+)\.", key)
+        if node and node[1] in nodes:
+            raise UserError(
+                f"row '{row.label}': {key} has no effect, DISTILL.METHODS is {list(methods)}: name "
+                "its method there as well, or leave it out"
+            )
 
 
 def labels_of(rows: Sequence[Row]) -> List[str]:

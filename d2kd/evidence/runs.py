@@ -22,7 +22,7 @@ from d2kd.distillation import distilled_methods, refuse_missing_weights
 from d2kd.distillation.detectors import build_on_meta
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.results import METRICS
-from d2kd.engine.run_config import config_file
+from d2kd.engine.run_config import changed_settings, the_first
 from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import FINAL_WEIGHTS, config_name
@@ -59,17 +59,40 @@ def command(row: Row, seed: int, output: str, opts: Sequence[str] = ()) -> str:
     return shlex.join([*words, *opts_of(row, seed, output, opts)])
 
 
+class Outcome(NamedTuple):
+    """What came of the runs of a comparison."""
+
+    runs: List[Optional[Run]]  # in the order of the tasks; None if it failed
+    failures: Dict[str, List[str]]  # names of the runs that failed, by the reason
+
+    def problem(self) -> str:
+        """Which runs failed and why, in a line; empty if none did."""
+        if not self.failures:
+            return ""
+        named = "; ".join(f"{' and '.join(x)}: {why}" for why, x in self.failures.items())
+        return f"{self.runs.count(None)} of {len(self.runs)} runs failed: {named}"
+
+
 def train_row(row: Row, seed: int, output: str, opts: Sequence[str] = ()) -> Run:
-    """:func:`train_rows` of one row with one seed."""
-    return train_rows([(row, seed)], output, opts)[0]
+    """:func:`train_rows` of one row with one seed.
+
+    Raises:
+        UserError: if training fails, too.
+    """
+    outcome = train_rows([(row, seed)], output, opts)
+    [run] = outcome.runs
+    if run is None:
+        raise UserError(outcome.problem())
+    return run
 
 
 def train_rows(
     tasks: Sequence[Tuple[Row, int]], output: str, opts: Sequence[str] = (), jobs: int = 1
-) -> List[Run]:
+) -> Outcome:
     """Trains rows in processes of their own. Runs whose folder says that they are finished are not
-    repeated, interrupted ones go on. Each says its AP when it is done; a bar shows the progress of
-    all together and the time left, where a terminal shows it.
+    repeated, interrupted ones go on, and one that fails does not keep others from being trained.
+    Each says its AP when it is done; a bar shows the progress of all together and the time left,
+    where a terminal shows it.
 
     Args:
         tasks: rows, each with the ``SEED`` of the run.
@@ -78,21 +101,26 @@ def train_rows(
         jobs: how many are trained at a time. They share the cores of the machine between them, and
             take turns in its GPUs.
 
-    Returns:
-        the runs, in the order of the tasks.
-
     Raises:
         UserError: if a folder holds a run with another config, or a teacher has no weights, before
-            anything is trained; or if training fails. Runs that have begun by then are brought to
-            their end.
+            anything is trained.
     """
     trainings = [_Training(row, seed, output, opts) for row, seed in tasks]
     # Two tables may have the same plain student: it is trained once
     waiting = deque({x.folder: x for x in trainings if not x.is_finished()}.values())
     _refuse_missing_teachers({folder_of(x.row): x for x in waiting}.values())
-    if waiting:
-        _train_all(waiting, len(trainings), jobs)
-    return [x.run() for x in trainings]
+    failed = _train_all(waiting, len(trainings), jobs) if waiting else {}
+    runs: List[Optional[Run]] = []
+    failures: Dict[str, List[str]] = {}
+    for training in trainings:
+        try:
+            if training.folder in failed:
+                raise failed[training.folder]
+            runs.append(training.run())
+        except UserError as error:
+            runs.append(None)
+            failures.setdefault(str(error), []).append(training.name)
+    return Outcome(runs, failures)
 
 
 def _refuse_missing_teachers(trainings: "Iterable[_Training]") -> None:
@@ -113,17 +141,17 @@ def _refuse_missing_teachers(trainings: "Iterable[_Training]") -> None:
         raise UserError("; ".join(named))
 
 
-def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
-    """Until all are trained, at most ``jobs`` at a time, or one fails."""
+def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> Dict[str, UserError]:
+    """Trains at most ``jobs`` at a time, and returns why which failed, by folder."""
     running: List[Optional[_Training]] = [None] * jobs
     total = sum(x.steps_left() for x in waiting)
     bar_format = "{desc}{percentage:3.0f}% |{bar}| {n}/{total} [{elapsed} < {remaining}]"
-    failed: Optional[UserError] = None
+    failed: Dict[str, UserError] = {}
     bar = tqdm(total=total, bar_format=bar_format, disable=None)  # None: unless it is a terminal
     with bar, _stopped_together(running):
-        while any(running) or (waiting and not failed):
+        while any(running) or waiting:
             for slot, training in enumerate(running):
-                if training is None and waiting and not failed:
+                if training is None and waiting:
                     begins = waiting.popleft()
                     begins.start(_environment(slot, jobs))
                     running[slot] = begins
@@ -139,9 +167,9 @@ def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> None:
                     try:
                         bar.write(training.finish(), file=sys.stderr)
                     except UserError as error:
-                        failed = failed or error
-    if failed:
-        raise failed
+                        failed[training.folder] = error
+                        bar.write(f"{training.name} failed: {error}", file=sys.stderr)
+    return failed
 
 
 @contextlib.contextmanager
@@ -186,15 +214,12 @@ class _Training:
         self._opts = opts_of(row, seed, output, opts)
         self._cfg = cfg = read_config(row.config, self._opts)
         self._max_iter = cfg.SOLVER.MAX_ITER
-        file, text = config_file(cfg)
-        saved = os.path.join(self.folder, file)
-        if os.path.isfile(saved):
-            with open(saved, "rb") as f:
-                if f.read() != text.encode():
-                    raise UserError(
-                        f"{self.folder} holds a run with another config: remove it, or give "
-                        "another --output"
-                    )
+        changed = changed_settings(cfg, evaluation=True)
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a run with another config: {the_first(changed)}; remove it, "
+                "or give another --output"
+            )
         self._before = self._done = min(steps_done(self.folder), self._max_iter)
 
     def missing_teacher(self) -> str:
@@ -255,7 +280,7 @@ class _Training:
         """
         with self._said:
             if self.process.returncode:
-                raise UserError(f"training {self.name} failed: {self._last_line()}")
+                raise UserError(self._last_line())
         seconds = time.perf_counter() - self._started
         results = self._summarize(None if self._before else seconds)
         return f"{self.name}: {results['AP']:.1f} AP in {seconds / 60:.1f} min"
@@ -264,7 +289,7 @@ class _Training:
         """Writes the results of the last evaluation, and returns them."""
         evaluated = [line for line in self._lines() if all(f"bbox/{m}" in line for m in METRICS)]
         if not evaluated:
-            raise UserError(f"{self.name} was not evaluated, {self.folder} has no bbox/AP")
+            raise UserError(f"it was not evaluated, {self.folder} has no bbox/AP")
         # Detectron2 has no number for a detector that finds nothing
         values = {m: evaluated[-1][f"bbox/{m}"] for m in METRICS}
         results = {m: 0.0 if math.isnan(value) else value for m, value in values.items()}

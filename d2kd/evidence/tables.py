@@ -1,7 +1,7 @@
 """Tables of detectors: accuracy over seeds, gains, size and time."""
 
 import os
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -26,8 +26,9 @@ MIN_PAIRS = 5
 
 def compare(
     rows: Sequence[Row], seeds: Sequence[int], output: str, opts: Sequence[str], jobs: int = 1
-) -> str:
-    """Trains rows and writes table, figure, and every run as data to the output folder.
+) -> Tuple[str, str]:
+    """Trains rows and writes table, figure, and every run as data to the output folder: those that
+    finished, where some failed. Rows without any are left out.
 
     Args:
         rows: the first one is the baseline.
@@ -38,20 +39,28 @@ def compare(
         jobs: how many runs are trained at a time.
 
     Returns:
-        the table, in Markdown.
+        the table, in Markdown, and which runs failed and why, in a line; either may be empty.
 
     Raises:
         UserError: see :func:`~d2kd.evidence.runs.train_rows`.
     """
     labels = labels_of(rows)
     tasks = [(label, row, seed) for seed in seeds for label, row in zip(labels, rows)]
-    runs = train_rows([(row, seed) for _, row, seed in tasks], output, opts, jobs)
-    cells = [cell_of(*task, run, opts) for task, run in zip(tasks, runs)]
+    outcome = train_rows([(row, seed) for _, row, seed in tasks], output, opts, jobs)
+    done = [(task, run) for task, run in zip(tasks, outcome.runs) if run is not None]
+    cells = [cell_of(*task, run, opts) for task, run in done]
+    return _write(cells, labels, output) if cells else "", outcome.problem()
+
+
+def _write(cells: Sequence[Cell], labels: Sequence[str], output: str) -> str:
+    """Writes table, figure and data, and returns the table."""
+    found = by_label(cells)
+    rows = {label: found[label] for label in labels if label in found}
     write_cells(cells, os.path.join(output, CELLS))
-    text = table(by_label(cells), baseline=labels[0])
+    text = table(rows, baseline=labels[0])
     with written_whole(os.path.join(output, TABLE)) as f:
         f.write(text + "\n")
-    draw_rows(by_label(cells), labels[0], os.path.join(output, FIGURE))
+    draw_rows(rows, labels[0], os.path.join(output, FIGURE))
     return text
 
 
@@ -60,13 +69,13 @@ def table(rows: Dict[str, List[Cell]], baseline: str, costs: bool = True) -> str
 
     Args:
         rows: the cells of every row, by label.
-        baseline: label of the row that gains are counted from.
+        baseline: label of the row that gains are counted from; without that row, there are none.
         costs: add parameters and seconds.
     """
     body = []
     for label, cells in rows.items():
         columns = [mean_and_deviation([cell.results[m] for cell in cells]) for m in METRICS]
-        columns.append(gain(cells, rows[baseline]) if label != baseline else "")
+        columns.append(gain(cells, rows.get(baseline, [])) if label != baseline else "")
         if costs:
             columns.append(f"{cells[0].parameters:.2f}")
             known = all(cell.seconds for cell in cells)

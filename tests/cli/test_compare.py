@@ -1,6 +1,7 @@
 """``d2kd compare``: what it reads, the commands that it prints, and what it makes of runs."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.evidence import runs
 from d2kd.evidence.cells import Cell, by_label, cell_of, read_cells, write_cells
-from d2kd.evidence.rows import Row, folder_of, labels_of, read_rows, read_table
+from d2kd.evidence.rows import Row, check_rows, folder_of, labels_of, read_rows, read_table
 from d2kd.evidence.runs import Run, steps_done, train_row, train_rows
 from d2kd.evidence.tables import table
 
@@ -52,10 +53,10 @@ def test_rows_of_a_table(tmp_path):
 def test_keys_of_a_row_may_be_nested_as_in_a_config(tmp_path):
     path = tmp_path / "table.yaml"
     path.write_text(
-        f"BASE: {RECIPE}\nROWS: {{a: {{SOLVER: {{MAX_ITER: 9, STEPS: [1]}}, SEED: 2}}}}"
+        f"BASE: {RECIPE}\nROWS: {{a: {{SOLVER: {{MAX_ITER: 9, STEPS: [1]}}, VERSION: 2}}}}"
     )
     (row,) = read_table(str(path))
-    assert row.opts == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "[1]", "SEED", "2"]
+    assert row.opts == ["SOLVER.MAX_ITER", "9", "SOLVER.STEPS", "[1]", "VERSION", "2"]
 
 
 def test_a_row_may_have_a_base_of_its_own(tmp_path):
@@ -67,6 +68,22 @@ def test_a_row_may_have_a_base_of_its_own(tmp_path):
     (row,) = read_table(str(path))
     assert row.config.endswith("configs/shapes/baselines/fcos_tiny.yaml")
     assert row.opts == ["SOLVER.MAX_ITER", "9"]
+
+
+def test_a_table_needs_no_base_if_every_row_has_its_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"ROWS: {{a: {{BASE: {RECIPE}}}, b: {{BASE: shapes/baselines/fcos_tiny}}}}")
+    assert [os.path.basename(os.path.dirname(row.config)) for row in read_rows(str(path))] == [
+        "frs",
+        "baselines",
+    ]
+
+
+def test_another_method_in_a_row_brings_its_keys(tmp_path):
+    keys = "{DISTILL.METHODS: [PKD], DISTILL.PKD.FEATURE.WEIGHT: 9.0}"
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"BASE: {RECIPE}\nROWS: {{PKD: {keys}}}")
+    check_rows(read_table(str(path)))
 
 
 def test_commands_of_a_table(compare, capsys):
@@ -99,7 +116,15 @@ def test_rows_of_one_label_are_told_apart():
         (f"BASE: {RECIPE}\nROWS: {{a: {{SEED: 2024-13-45}}}}", "month must be"),
         (f"BASE: {RECIPE}\nROWS: {{a: {{", "mine.yaml: while parsing"),
         (f"BASE: {RECIPE}\nROWS: {{a: {{DISTILL.FRS.CLASS: 1}}}}", "row 'a': no config key"),
-        (f"BASE: {RECIPE}\nROWS: {{a b: {{SEED: 1}}, a-b: {{SEED: 2}}}}", "one folder"),
+        (f"BASE: {RECIPE}\nROWS: {{a b: {{VERSION: 1}}, a-b: {{VERSION: 2}}}}", "one folder"),
+        (f"BASE: {RECIPE}\nROWS: {{}}", "ROWS is missing"),
+        (f"BASE: {RECIPE}\nROWS: {{1.0: {{}}, true: {{}}}}", "row 1.0 has no text for a label"),
+        (f"BASE: {RECIPE}\nROWS: {{a: {{SEED: 2}}}}", "row 'a': SEED is given to each run by --s"),
+        (f"BASE: {RECIPE}\nROWS: {{a: {{OUTPUT_DIR: x}}}}", "row 'a': OUTPUT_DIR is given to"),
+        (
+            f"BASE: {RECIPE}\nROWS: {{a: {{DISTILL: {{PKD: {{FEATURE: {{WEIGHT: 9.0}}}}}}}}}}",
+            "row 'a': DISTILL.PKD.FEATURE.WEIGHT has no effect, DISTILL.METHODS is ['FRS']: name",
+        ),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(compare, capsys, text, message):
@@ -117,6 +142,7 @@ def test_bad_tables_are_refused_in_one_line(compare, capsys, text, message):
         (["--seeds", "1", "1"], "--seeds has one twice: 1 1"),
         (["SOLVER.MAX_ITERS", "3"], "no config key SOLVER.MAX_ITERS"),
         (["--seeds", "1", "SOLVER.MAX_ITER"], "give pairs of KEY VALUE"),
+        (["OUTPUT_DIR", "x"], "command line: OUTPUT_DIR is given to each run by --output"),
         (["DATASETS.TEST", "()"], "row 'plain student': DATASETS.TEST is empty"),
     ],
 )
@@ -156,7 +182,12 @@ def test_finished_runs_are_not_repeated(compare, tmp_path, capsys):
     assert cells[1].config == RECIPE and cells[1].seconds == 2.0 and 0.4 < cells[1].parameters < 0.5
     with pytest.raises(SystemExit):  # other settings, the same folder
         compare(text, "--output", "out", "SOLVER.MAX_ITER", "3")
-    assert "holds a run with another config" in capsys.readouterr().err
+    changed = "holds a run with another config: SOLVER.MAX_ITER was 750, is 3; remove it"
+    assert changed in capsys.readouterr().err
+    compare(text, "--output", "out", "RUN.KEEP_CHECKPOINTS", "3")  # comes to the same
+    with pytest.raises(SystemExit):  # results of another set
+        compare(text, "--output", "out", "DATASETS.TEST", "('shapes_tiny_train',)")
+    assert "DATASETS.TEST was ['shapes_tiny_val'], is" in capsys.readouterr().err
 
 
 def line(iteration, ap=None, prefix=""):
@@ -180,7 +211,7 @@ def test_a_run_that_was_trained_elsewhere_is_gathered(tmp_path, monkeypatch, set
     (folder / "metrics.json").write_text(ended)
     assert not runs._Training(row, 1, "out", opts).is_finished()
     (folder / "metrics.json").write_text(ended + line(750, 30.0, prefix))
-    (run,) = train_rows([(row, 1)], "out", opts)
+    (run,) = train_rows([(row, 1)], "out", opts).runs
     assert run.results["AP"] == 30.0 and run.seconds is None
 
 
@@ -252,9 +283,10 @@ def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, c
     monkeypatch.chdir(tmp_path)
     fails = "import sys; print('starting'); sys.exit('error: no teacher')"
     monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, "-c", fails])
-    with pytest.raises(UserError, match="^training shapes/frs/fcos_tiny, seed 1 failed: no teac"):
+    with pytest.raises(UserError, match="^1 of 1 runs failed: shapes/frs/fcos_tiny, seed 1: no te"):
         train_row(read_rows(RECIPE)[0], 1, "out")
-    assert "starting\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "starting\n" in said and "fcos_tiny, seed 1 failed: no teacher\n" in said
 
 
 def test_a_line_that_is_being_written_does_not_count(tmp_path):

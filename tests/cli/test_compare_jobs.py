@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from d2kd.errors import UserError
-from d2kd.evidence import runs
+from d2kd.cli.main import main
+from d2kd.evidence import runs, tables
+from d2kd.evidence.cells import read_cells
 from d2kd.evidence.rows import read_rows
-from d2kd.evidence.runs import train_rows
+from d2kd.evidence.runs import Outcome, Run, train_rows
 from d2kd.one_line import exit_on_user_error
 
 RECIPE = "shapes/frs/fcos_tiny.yaml"
@@ -23,7 +24,7 @@ _WORKER = """
 import os, sys, time
 words = dict(zip(sys.argv[-4::2], sys.argv[-3::2]))
 folder, seed = words["OUTPUT_DIR"], words["SEED"]
-os.makedirs(folder)
+os.makedirs(folder, exist_ok=True)
 open(f"begun {seed}", "w").write(str(os.getpid()))
 
 def names(kind):
@@ -63,7 +64,7 @@ def worker(monkeypatch, tmp_path):
 def test_runs_at_a_time_share_the_cores(worker, capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     row = read_rows(RECIPE)[0]
-    found = train_rows([(row, seed) for seed in (3, 1, 2)], "out", jobs=2)
+    found = train_rows([(row, seed) for seed in (3, 1, 2)], "out", jobs=2).runs
     assert [run.results["AP"] for run in found] == [3.0, 1.0, 2.0]
     said = capsys.readouterr().err
     assert ("| 2250/2250 [" in said) == terminal  # with the line of the last evaluation
@@ -82,15 +83,47 @@ def test_processes_take_turns_in_the_gpus(monkeypatch):
     assert runs._environment(0, 1)["CUDA_VISIBLE_DEVICES"] == "4,6"  # one run: as it was
 
 
-def test_a_run_that_fails_ends_a_comparison_when_those_beside_it_are_done(worker, capsys):
-    row = read_rows(RECIPE)[0]
-    tasks = [(row, seed) for seed in (7, 1, 2)]
-    with pytest.raises(UserError, match="seed 7 failed: seed 7 is unlucky"):
-        train_rows(tasks, "out", jobs=2)
-    assert (worker / "ended 1").exists() and not (worker / "begun 2").exists()
-    (worker / "ended 1").unlink()
-    assert train_rows(tasks[1:2], "out")[0].results["AP"] == 1.0
-    assert not (worker / "ended 1").exists()  # the run was there, and is not repeated
+def test_a_run_that_fails_leaves_the_others_and_is_named_at_the_end(worker, capsys):
+    words = ["compare", RECIPE, "--seeds", "7", "1", "2", "--output", "out", "--jobs", "2"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and said.err.splitlines()[-1] == (
+        "error: 1 of 3 runs failed: shapes/frs/fcos_tiny, seed 7: seed 7 is unlucky; "
+        "the same command trains those again, and no others"
+    )
+    assert "| 1.5 ± 0.7 " in said.out and (worker / "out/table.md").read_text() in said.out
+    assert [cell.seed for cell in read_cells(str(worker / "out/cells.json"))] == [1, 2]
+    for seed in (1, 2):
+        (worker / f"ended {seed}").unlink()
+    with pytest.raises(SystemExit):
+        main(words)
+    assert not list(worker.glob("ended *"))  # these runs were there, and are not repeated
+
+
+def test_without_the_baseline_there_is_a_table_without_gains(worker, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "train_rows", _first_fails)
+    rows = [row._replace(label=label) for row in read_rows(RECIPE) for label in "abc"]
+    text, problem = tables.compare(rows, [1, 2], "out", [])
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == ["b", "c"]
+    assert "gain over a" in text and "+" not in text and problem == "3 of 6 runs failed: x: why"
+    assert (worker / "out/figure.png").stat().st_size > 1000
+
+
+def _first_fails(tasks, output, opts, jobs):
+    """Row a with every seed, and row b with the first one."""
+    good = Run(output, dict.fromkeys(("AP", "AP50", "AP75"), 5.0), 1.0)
+    bad = [row.label == "a" or (row.label, seed) == ("b", 1) for row, seed in tasks]
+    return Outcome([None if x else good for x in bad], {"why": ["x"]})
+
+
+def test_nothing_is_written_where_every_run_fails(worker, monkeypatch):
+    monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, "-c", "exit('no')"])
+    assert tables.compare(read_rows(RECIPE), [1], "out", []) == (
+        "",
+        "1 of 1 runs failed: shapes/frs/fcos_tiny, seed 1: no",
+    )
+    assert not (worker / "out/table.md").exists()
 
 
 def test_sigterm_ends_the_runs_before_it_ends_the_comparison(worker):

@@ -191,6 +191,14 @@ def test_teacher_trained_by_its_recipe_is_found(tmp_path, monkeypatch):
     )
 
 
+def test_keys_of_a_method_that_is_not_listed_are_told(tmp_path, caplog):
+    build_model(distill_config(tmp_path, "FCOS", ["DISTILL.PKD.FEATURE.WEIGHT", 3.0]))
+    [said] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == (
+        "DISTILL.PKD has no effect, DISTILL.METHODS is ['FRS']: add 'PKD', or leave out its keys"
+    )
+
+
 def test_methods_are_listed_once(tmp_path):
     with pytest.raises(UserError, match="names 'FRS' twice"):
         build_model(distill_config(tmp_path, "FCOS", methods=["FRS", "FRS"]))

@@ -8,6 +8,7 @@ import pytest
 from pages import TODAY, blocks, text
 
 from d2kd.config import default_config, read_config
+from d2kd.evidence.rows import check_rows, read_rows
 
 pytestmark = pytest.mark.docs
 
@@ -49,3 +50,11 @@ def test_config_keys_exist(page):
                 break
             assert part in node, f"{page} names {key}"
             node = node[part]
+
+
+def test_the_table_of_rows_is_one(tmp_path):
+    [table] = [b.text for b in blocks("docs/training.md") if "ROWS:" in b.text]
+    (tmp_path / "mine.yaml").write_text(table)
+    rows = read_rows(str(tmp_path / "mine.yaml"))
+    check_rows(rows)
+    assert [row.label for row in rows][:2] == ["plain student", "FRS"] and len(rows) == 5

@@ -12,6 +12,7 @@ from .distiller import (
 )
 from .returned import check_returned
 from .schedule import TermSchedule, term
+from .unregistered import settle_unregistered, unregistered
 
 __all__ = [
     "DISTILLER_REGISTRY",
@@ -26,5 +27,7 @@ __all__ = [
     "loss_name",
     "matching_adapters",
     "scalar_name",
+    "settle_unregistered",
     "term",
+    "unregistered",
 ]
