@@ -34,7 +34,7 @@ _Cell = List[_Extent]
 def refuse_endless(file: BinaryIO, pickles: int = 1) -> None:
     """
     Args:
-        file: read from where it stands, to behind the pickles.
+        file: read from where it stands, to the end of the pickles.
         pickles: how many of them follow each other.
 
     Raises:

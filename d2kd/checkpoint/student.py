@@ -41,7 +41,7 @@ class Best(NamedTuple):
 
     metric: str  # such as bbox/AP
     value: float
-    iteration: int  # of the steps, counted from 0, behind which it was measured
+    iteration: int  # of the steps, counted from 0, after which it was measured
 
 
 class StudentCheckpointer(SafeCheckpointer):

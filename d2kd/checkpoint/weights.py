@@ -175,7 +175,7 @@ def load_trained_weights(
 
     Raises:
         UserError: if there is no path, the file cannot be read, leaves any parameter or buffer as
-            it was initialised, holds numbers that are none, or was trained with other pixels,
+            it was initialised, holds NaN or infinite values, or was trained with other pixels,
             strides or classes.
     """
     if not path:

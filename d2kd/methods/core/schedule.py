@@ -45,7 +45,7 @@ def term(weight: float, help: str = "", warmup_iters: int = 0, decay: str = "con
         ),
         "WARMUP_ITERS": Key(
             warmup_iters,
-            "The weight grows linearly from 0 over so many iterations, counted from START_ITER",
+            "The weight grows linearly from 0 over this many iterations, counted from START_ITER",
             low=0,
         ),
         "DECAY": Key(

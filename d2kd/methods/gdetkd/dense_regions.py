@@ -28,7 +28,7 @@ class DenseSampling(NamedTuple):
     rois_per_image: int
     nms_thresh: float = 0.7  # IoU, within a level
     positive_iou: float = 0.5  # with an object, from which on a box is positive
-    positive_fraction: float = 0.25  # at most so many of them
+    positive_fraction: float = 0.25  # of them, at most
 
 
 class _Candidates(NamedTuple):
