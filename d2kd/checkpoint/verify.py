@@ -216,7 +216,9 @@ def _backbone_settings(family: Family) -> Settings:
     blocks = getattr(family.stage_module, "res3", None)
     if isinstance(blocks, nn.Sequential) and hasattr(blocks[0], "conv3"):
         settings[names.STRIDE] = blocks[0].conv1.stride[0] == 2
-        settings[names.RES5_STRIDE] = family.stage_module.output_shape()["res5"].stride
+    last = family.stage_module.output_shape().get("res5") if settings else None  # C4 has none here
+    if last is not None:
+        settings[names.RES5_STRIDE] = last.stride
         settings[names.DILATION] = family.stage_module.res5[0].conv2.dilation[0]
     if isinstance(family.backbone, FPN):
         settings[names.UPSAMPLING] = names.NEAREST

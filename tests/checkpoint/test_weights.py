@@ -10,6 +10,9 @@ from mmdet_cases import ALL, config, needs_reference, reference
 from toys import STUDENTS, detector
 
 from d2kd.checkpoint import load_teacher_weights, read_weights
+from d2kd.checkpoint.mmdet_settings import RES5_STRIDE, STRIDE
+from d2kd.checkpoint.verify import detector_settings, verify
+from d2kd.config import read_config
 from d2kd.distillation import build_detector
 from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
@@ -292,6 +295,14 @@ def test_files_of_detectron2_say_nothing(tmp_path, caplog):
     today = datetime.date.today()
     assert text.startswith(f"after 100 steps, written {today}, unverified")
     assert "Teacher: all" in caplog.text
+
+
+def test_a_backbone_that_ends_before_res5_is_verified_as_far_as_it_goes():
+    cfg = read_config("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", ["MODEL.DEVICE", "cpu"])
+    model = build_detector(cfg)
+    found = detector_settings(model, "BGR", ["a"])
+    assert found[STRIDE] and RES5_STRIDE not in found
+    assert verify({"CLASSES": ["a"]}, model, "w.pth", "BGR", ["a"]).startswith("verified: classes")
 
 
 def test_an_empty_path_is_explained():
