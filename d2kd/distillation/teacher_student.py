@@ -242,7 +242,7 @@ def _log_diagnostics(method: str, values: Dict[str, Tensor], storage: EventStora
 def _log(scalars: Dict[str, Tensor], storage: EventStorage) -> None:
     """Logs scalars by name. The host waits once for all of them."""
     if scalars:
-        numbers = torch.stack([as_float(x.detach()) for x in scalars.values()]).tolist()
+        numbers = torch.stack([as_float(x.detach()).reshape(()) for x in scalars.values()]).tolist()
         storage.put_scalars(smoothing_hint=False, **dict(zip(scalars, numbers)))
 
 
