@@ -74,7 +74,8 @@ def _device(cfg: CfgNode) -> torch.device:
             f"MODEL.DEVICE is '{name}' but no {'such ' if there else ''}CUDA device is available"
             f"{f' ({there})' if there else ''}: add 'MODEL.DEVICE cpu' at the end of the command"
         )
-    if device.index is not None:  # random streams, clocks and memory are those of the current one
+    # Random streams, clocks and memory are those of the current one
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
 

@@ -238,7 +238,9 @@ def test_student_config_of_an_architecture_of_ones_own_keeps_what_it_may_read(tm
         del META_ARCH_REGISTRY._obj_map["Mine"]
 
 
-@pytest.mark.parametrize("device, current", [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+@pytest.mark.parametrize(
+    "device, current", [("cuda", []), ("cuda:1", [torch.device("cuda:1")]), ("cpu:0", [])]
+)
 def test_a_numbered_gpu_becomes_the_current_one(monkeypatch, device, current):
     found = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
