@@ -131,11 +131,14 @@ def measure(
         operations: also find in which of torch's operations the time goes.
 
     Raises:
-        UserError: if the config distils nothing, or cannot be built.
+        UserError: if the config distils nothing, cannot be built, or is for a device whose clock
+            is unknown.
     """
     keep_freed_memory()
     cfg = case.config()
     device = cfg.MODEL.DEVICE
+    if not device.startswith(tuple(AMP)):
+        raise UserError(f"MODEL.DEVICE is '{device}': cpu and cuda can be measured")
     with EventStorage(cfg.SOLVER.MAX_ITER // 2):  # half-way, when warm-ups are over
         steps = _steps(case, load, beside)
         training = [name for name in steps if name not in FORWARDS]

@@ -41,6 +41,12 @@ def test_flops_are_those_of_convolutions_forward_and_backward():
     assert gflops(lambda: trained(x).sum().backward()) == pytest.approx(3 * once)
 
 
+def test_other_devices_have_no_clock():
+    case = Case("shapes/frs/fcos_tiny.yaml", ("MODEL.DEVICE", "mps"))
+    with pytest.raises(UserError, match="MODEL.DEVICE is 'mps': cpu and cuda can be measured"):
+        benchmark.measure(case, Load())
+
+
 SMALL = ["--size", "64", "--rounds", "2"]
 CPU = ["MODEL.DEVICE", "cpu"]
 RECIPE = "shapes/crosskd/fcos_tiny.yaml"
