@@ -15,7 +15,7 @@ from typing import Dict, List, Optional, Sequence
 
 import yaml
 
-from d2kd.catalogue.configs import ABLATION, bases, configs, recipes
+from d2kd.catalogue.configs import bases, configs, recipes, tables
 from d2kd.catalogue.known_numbers import published
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,11 +80,6 @@ These run on a CPU in minutes; [results.md](results.md) holds what was measured.
 """
 
 
-def stem(path: Path) -> str:
-    """``frs/retinanet_R_50_R_101-zoo-3x_1x`` for that config."""
-    return path.relative_to(CONFIGS).with_suffix("").as_posix()
-
-
 def teacher_of(recipe: str) -> str:
     """``mmdet/retinanet_R_101_FPN_2x.yaml``, as the recipe names it."""
     return configs()[recipe].teacher
@@ -102,12 +97,6 @@ def iterations_of(recipe: str) -> int:
     return next(solver["MAX_ITER"] for solver in solvers if "MAX_ITER" in solver)
 
 
-def tables() -> List[str]:
-    """All files of ablations on COCO and VOC by name."""
-    names = sorted(stem(p) for p in CONFIGS.rglob(f"*{ABLATION}.yaml"))
-    return [name for name in names if not name.startswith("shapes/")]
-
-
 def trained_variant(recipe: str) -> Optional[str]:
     """The recipe with the same teacher, trained first; None if there is none."""
     name = recipe.replace("-mmdet_", "_")
@@ -121,7 +110,8 @@ def check(data: Dict) -> None:
     """
     on_coco = [r.name for r in recipes() if not r.name.startswith("shapes/")]
     variants = {trained_variant(name) for name in on_coco}
-    for kind, there in (("recipes", set(on_coco) - variants), ("tables", set(tables()))):
+    ablations = {name for name in tables() if not name.startswith("shapes/")}
+    for kind, there in (("recipes", set(on_coco) - variants), ("tables", ablations)):
         listed = set(data[kind])
         for name in sorted(there ^ listed):
             what = "has no entry" if name in there else "does not exist"

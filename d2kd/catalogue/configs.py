@@ -55,13 +55,22 @@ class Config(NamedTuple):
         return None
 
 
-@functools.cache
 def configs() -> Dict[str, Config]:
     """All shipped configs by name, tables of ablations left out."""
+    return {name: c for name, c in _files().items() if not name.endswith(ABLATION)}
+
+
+def tables() -> Dict[str, Config]:
+    """All shipped tables of ablations by name, which ``d2kd compare`` reads."""
+    return {name: c for name, c in _files().items() if name.endswith(ABLATION)}
+
+
+@functools.cache
+def _files() -> Dict[str, Config]:
     found: Dict[str, Config] = {}
     for folder in CONFIG_DIRS:
         paths = glob.glob(os.path.join(folder, "**", "*.yaml"), recursive=True)
-        for path in sorted(path for path in paths if not path.endswith(f"{ABLATION}.yaml")):
+        for path in sorted(paths):
             name = os.path.splitext(os.path.relpath(path, folder))[0].replace(os.sep, "/")
             found.setdefault(name, Config(name, path))
     return found

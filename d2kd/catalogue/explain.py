@@ -13,7 +13,7 @@ from d2kd.config import default_config
 from d2kd.errors import UserError, nearest
 from d2kd.schema import get_value
 
-from .configs import Config, bases, configs
+from .configs import Config, bases, configs, tables
 from .keys import all_keys, defaults_by_student, what_it_may_be
 from .known_numbers import metric_of, published, row
 from .methods import explain_method, methods
@@ -24,7 +24,8 @@ _WIDTH = 96
 def explain(name: str) -> str:
     """
     Args:
-        name: of a method, a recipe or another shipped config, or a config key.
+        name: of a method, a recipe or another shipped config, a table of ablations, or a config
+            key.
 
     Raises:
         UserError: if it is none of these.
@@ -36,11 +37,13 @@ def explain(name: str) -> str:
     stem = stem[len("configs/") :] if stem.startswith("configs/") else stem
     if stem in configs():
         return _explain_config(configs()[stem])
+    if stem in tables():
+        return _explain_table(tables()[stem])
     key = _explain_key(name.upper())
     if key:
         return key
-    known = [*(method.name for method in by_name.values()), *configs(), *all_keys()]
-    raise UserError(f"'{name}' is no method, recipe or config key: {nearest(name, known)}")
+    known = [*(method.name for method in by_name.values()), *configs(), *tables(), *all_keys()]
+    raise UserError(f"'{name}' is no method, recipe, table or config key: {nearest(name, known)}")
 
 
 def _explain_config(config: Config) -> str:
@@ -54,6 +57,13 @@ def _explain_config(config: Config) -> str:
     lines += ["", yaml.safe_dump(own, sort_keys=False).strip(), ""] if own else [""]
     command = shlex.join([*typed_command(), "train", "--config-file", config.file])
     return "\n".join([*lines, command])
+
+
+def _explain_table(table: Config) -> str:
+    lines = [table.name, *_wrapped(table.about), "", "rows"]
+    lines += [f"  {label}" for label in table.own["ROWS"]]
+    command = shlex.join([*typed_command(), "compare", table.file])
+    return "\n".join([*lines, "", command])
 
 
 def _with_ap(config: str) -> str:

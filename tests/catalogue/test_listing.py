@@ -98,6 +98,12 @@ def test_what_is_said_of_a_recipe():
     assert "reported 43.7 AP" in explain("crosskd/gfl_R_50_R_101-ms-2x_1x")  # teacher trained first
 
 
+def test_what_is_said_of_a_table():
+    text = explain("configs/shapes/defeat/retinanet_tiny_ablation.yaml")
+    assert "\nrows\n  objects only\n" in text
+    assert text.endswith("compare shapes/defeat/retinanet_tiny_ablation.yaml")
+
+
 def test_what_is_said_of_keys():
     text = explain("DISTILL.FRS.CLS.WEIGHT")
     assert "it is a number, 0 or more" in text and "FCOS students 0.05 (the authors'" in text
