@@ -38,7 +38,7 @@ _TF32_TOLERANCE = 1e-2
 _TINY = 1e-12
 
 _SIZE = (128, 160)  # height and width of the image of noise, pixels
-_BOXES = [[8.0, 8.0, 40.0, 72.0], [20.0, 30.0, 150.0, 120.0]]
+_BOXES = [[8.0, 8.0, 40.0, 72.0], [20.3, 30.7, 150.9, 120.2]]
 
 Outputs = Dict[Read, List[Tensor]]
 

@@ -51,8 +51,10 @@ class EMAHook(HookBase):
         self._resumed = self._stepped = False
         optimizer.register_step_post_hook(self._note_step)
 
-    def _note_step(self, *args: object) -> None:
-        self._stepped = True
+    def _note_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # A fused optimizer is called, and skips the step itself, where mixed precision overflows
+        overflow = getattr(optimizer, "found_inf", None)
+        self._stepped = overflow is None or not overflow.item()
 
     def state_dict(self) -> Dict[str, Any]:
         return self.average.state_dict()

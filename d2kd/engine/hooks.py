@@ -8,13 +8,13 @@ from functools import partial
 from typing import List, Optional
 
 import torch
-from detectron2.engine import HookBase, hooks
+from detectron2.engine import HookBase, SimpleTrainer, hooks
 from torch import nn
 
 from d2kd.checkpoint import BEST_WEIGHTS, Best, StudentCheckpointer, read_best
 from d2kd.distillation import TeacherStudent
 from d2kd.distillation.timing import mean_seconds
-from d2kd.errors import nearest
+from d2kd.errors import UserError, nearest
 from d2kd.layers.random import preserve_rng_state
 from d2kd.methods.core import scalar_name
 
@@ -23,6 +23,8 @@ from .results import METRICS
 
 logger = logging.getLogger(__name__)
 
+# It starts at 2^16, and healthy runs stay above 1
+_SMALLEST_SCALE = 2.0**-20
 # How the names of Detectron2's metrics of detection end
 _MEASURED = tuple(f"/{metric}" for metric in METRICS)
 
@@ -151,6 +153,35 @@ class CostHook(HookBase):
             storage.put_scalar(f"{part}_time", seconds * self._batches, smoothing_hint=False)
         if times:
             times.clear()
+
+
+class GradScaleHook(HookBase):
+    """In mixed precision, logs ``grad_scale``, by which gradients are multiplied. A step with one
+    that is not finite halves it and trains nothing; a run in which nearly all are like that stops,
+    for its losses are finite, and nobody else would notice."""
+
+    def __init__(self, trainer: SimpleTrainer):
+        """
+        Args:
+            trainer: Detectron2's, of single steps; one in full precision has no scale.
+        """
+        self._scaler = getattr(trainer, "grad_scaler", None)
+
+    def after_step(self) -> None:
+        """
+        Raises:
+            UserError: if the scale has fallen so low that gradients would vanish.
+        """
+        if self._scaler is None or (self.trainer.iter + 1) % LOG_PERIOD:
+            return
+        scale = self._scaler.get_scale()
+        self.trainer.storage.put_scalar("grad_scale", scale, smoothing_hint=False)
+        if scale < _SMALLEST_SCALE:
+            raise UserError(
+                "SOLVER.AMP.ENABLED is True, and of late hardly a step had finite gradients, so "
+                "that nothing was trained: lower SOLVER.BASE_LR or the terms' WEIGHT, or set it to "
+                "False to see which loss is the cause"
+            )
 
 
 def max_memory() -> float:

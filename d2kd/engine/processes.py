@@ -226,11 +226,10 @@ def is_first_to_tell(store: dist.Store) -> bool:
         return True
 
 
-def wrap_ddp(model: nn.Module, cfg: CfgNode) -> nn.Module:
+def wrap_ddp(model: nn.Module) -> nn.Module:
     """The model as all processes of a run train it together, wrapped if there are several."""
-    # Detectron2 names the GPU of this process unless it is told another; a CPU is none.
-    options = {} if _on_gpus(cfg) else {"device_ids": None}
-    return create_ddp_model(model, broadcast_buffers=False, **options)
+    # With a device named, the wrapper copies the images itself, and the host waits for each.
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=None)
 
 
 def broadcast_statistics(model: nn.Module) -> None:

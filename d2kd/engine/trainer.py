@@ -46,7 +46,7 @@ from .averaging import EMAHook
 from .evaluators import build_evaluator
 from .failures import as_user_error, keep_quiet_of_user_errors
 from .finite import FiniteLosses
-from .hooks import BestHook, CostHook, PreciseBN, ScheduleHook
+from .hooks import BestHook, CostHook, GradScaleHook, PreciseBN, ScheduleHook
 from .metrics import METRICS_FILE, forget_lines, has_lines_from, restore_metrics
 from .optimizer import build_lr_scheduler, build_optimizer, hyperparameters_kept
 from .preflight import refuse_other_classes
@@ -89,7 +89,7 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         step_trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step_trainer(wrap_ddp(model, cfg), loader, optimizer)
+        self._trainer = step_trainer(wrap_ddp(model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         if is_lazy(cfg):
             lazy_parts.set_up_training(cfg, self.model)
@@ -144,8 +144,8 @@ class DistillTrainer(DefaultTrainer):
         evaluation, *rest = stock[evaluating:]
         self._hooks_after_saving = [evaluation, *self._best_hook(), *rest]
         schedule = [ScheduleHook(model)] if distilled else []
-        cost = CostHook(model, batches)
-        before = [*schedule, cost, *average, *stock[:saving], self._run_state]
+        cost = [CostHook(model, batches), GradScaleHook(self._trainer)]
+        before = [*schedule, *cost, *average, *stock[:saving], self._run_state]
         return [*before, *stock[saving:evaluating], self._stop_hook, *self._hooks_after_saving]
 
     def _of_student(self, hook: HookBase) -> HookBase:
@@ -252,8 +252,10 @@ class DistillTrainer(DefaultTrainer):
 
     def run_step(self) -> None:
         # The scripted focal loss of Detectron2 is optimised after its first call, which changes
-        # the last bits of its gradient: a resumed process would differ from one that went on.
-        with torch.jit.optimized_execution(False), self._errors_explained():
+        # the last bits of its gradient: on a CPU, where steps repeat to the last bit, a resumed
+        # process would differ from one that went on.
+        optimized = self.cfg.MODEL.DEVICE.startswith("cuda")
+        with torch.jit.optimized_execution(optimized), self._errors_explained():
             self._run_finite_step()
 
     def step_without_hooks(self, iteration: int, storage: EventStorage) -> None:
@@ -349,6 +351,9 @@ class DistillTrainer(DefaultTrainer):
                 "the checkpoint to resume was written with other trained parameters: give the "
                 "config of its run, or another OUTPUT_DIR"
             )
+        scaler = getattr(self._trainer, "grad_scaler", None)
+        if scaler is not None:  # the run may have been in full precision so far
+            state_dict["_trainer"].setdefault("grad_scaler", scaler.state_dict())
         with hyperparameters_kept(self._trainer.optimizer, self.scheduler):
             super().load_state_dict(state_dict)
             self._trainer.load_state_dict(state_dict["_trainer"])

@@ -93,7 +93,7 @@ def level_attention(model: TeacherStudent, batches: List[List[dict]]) -> Attenti
     def keep(imitation: torch.nn.Module, args: tuple, _: object) -> None:
         _, _, regions = args
         many, one = imitation.sides(*args)
-        of_levels = imitation.weights(imitation.pool_levels(many, regions.rois), one)
+        of_levels = imitation.weights(imitation.level_pooler(many)(regions.rois), one)
         valid = slice(None) if regions.valid is None else regions.valid
         sizes.append(Boxes.cat(regions.boxes).area().sqrt()[valid])
         weights.append(of_levels[:, valid])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2kd.distillation import TeacherStudent
 from d2kd.distillation.maps import Maps, kept_maps
+from d2kd.layers.random import preserve_rng_state
 from d2kd.methods.core import loss_name
 from d2kd.views import Features, Read, Recorder, Stage, StudentView
 
@@ -74,7 +75,7 @@ def _step(
 ) -> Tuple[Dict[str, Tensor], Dict[str, Maps]]:
     """The weighted losses of the methods, with their graph, and the methods' own maps."""
     model.train()
-    with kept_maps(model) as own, torch.random.fork_rng(), EventStorage(iteration), recorder:
+    with kept_maps(model) as own, preserve_rng_state(), EventStorage(iteration), recorder:
         torch.manual_seed(_SEED)
         losses = model(inputs)
     names = [loss_name(name, term) for name, term in model.schedules]

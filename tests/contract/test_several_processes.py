@@ -95,7 +95,7 @@ def change_by_steps(student, method, inputs, cfg):
     model = new_model(find_cell(method, student))
     # Scores of one half: GFL divides by a sum of scores, by 1 at least in every process
     nn.init.zeros_(model.student.head.cls_score.bias)
-    model = wrap_ddp(model, cfg)
+    model = wrap_ddp(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     before = weights(model)
     for _ in range(2):

@@ -190,3 +190,19 @@ def test_without_it_there_is_none(tmp_path, toy_dataset):
 def test_a_wrong_decay_is_refused(value, advice):
     with pytest.raises(UserError, match=f"SOLVER.EMA_DECAY is {value}: .*{advice}"):
         config("shapes/baselines/fcos_tiny.yaml", ["SOLVER.EMA_DECAY", value])
+
+
+@pytest.mark.parametrize("overflow", [0.0, 1.0])
+def test_a_step_that_a_fused_optimizer_skips_is_none(overflow):
+    """Mixed precision leaves it to such an optimizer what to do where gradients overflow."""
+    student = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(student.parameters(), 1.0, fused=True)
+    hook = EMAHook(student, DECAY, optimizer, checkpointer=None)
+    student(torch.ones(1, 2)).sum().backward()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(overflow)
+    student.weight.data += 5.0  # since an earlier step
+    before = copied(hook.average)
+    optimizer.step()
+    hook.after_step()
+    moved = not torch.equal(hook.average.weight, before["weight"])
+    assert moved == (overflow == 0)

@@ -97,8 +97,7 @@ class _RegionImitation(nn.Module):
         self, pooler: nn.Module, view: View, levels: Sequence[Level], regions: RegionSet
     ) -> Tensor:
         """(R, channels, r, r) of a view's levels."""
-        with view.precision():  # a teacher's levels may be in half precision
-            return pooler([view.features[level.name] for level in levels], regions.boxes)
+        return pooler(_maps(view, levels), regions.boxes)
 
 
 class AssignedImitation(_RegionImitation):
@@ -184,10 +183,10 @@ class SoftImitation(_RegionImitation):
 
     def level_pooler(self, view: View) -> LevelPooler:
         """Pools as :meth:`pool_levels` does, in the way that is fast on the view's device."""
-        maps = [view.features[level.name] for level in self.matched]
+        maps = _maps(view, self.matched)
         if maps[0].device.type == "cpu":
             return SparseAlign(maps, [level.stride for level in self.matched], self.resolution)
-        return partial(self.pool_levels, view)
+        return partial(self.pool_levels, maps)
 
     def compare(self, pool: LevelPooler, rois: Tensor, one: Tensor) -> Tuple[Tensor, Tensor]:
         """
@@ -206,14 +205,13 @@ class SoftImitation(_RegionImitation):
             merged = torch.einsum("lr,lrcyx->rcyx", weights, pooled)
         return squared_errors(self.adapt(merged), one), weights.detach()
 
-    def pool_levels(self, view: View, rois: Tensor) -> Tensor:
+    def pool_levels(self, maps: List[Tensor], rois: Tensor) -> Tensor:
         """Every region from each of the levels that are weighted: (L, R, channels, r, r)."""
-        with view.precision():
-            pooled = [
-                ROIAlign(self.resolution, 1 / level.stride, 0)(view.features[level.name], rois)
-                for level in self.matched
-            ]
-        return as_float(torch.stack(pooled))
+        pooled = [
+            ROIAlign(self.resolution, 1 / level.stride, 0)(x, rois)
+            for level, x in zip(self.matched, maps)
+        ]
+        return torch.stack(pooled)
 
     def weights(self, pooled: Tensor, one: Tensor) -> Tensor:
         """How much each level counts, (L, R), sums to 1 over the levels; arguments as in
@@ -321,6 +319,12 @@ class MaskedImitation(nn.Module):
             total = total + (squared.mean(dim=1) * mask).sum()
             count = count + mask.sum()
         return total / count.clamp(min=1), nothing_to_log
+
+
+def _maps(view: View, levels: Sequence[Level]) -> List[Tensor]:
+    """A view's levels to pool from. A teacher's may be in half precision, to which Detectron2 would
+    round the boxes as well, by pixels."""
+    return [as_float(view.features[level.name]) for level in levels]
 
 
 def _pooler(levels: Sequence[Level], resolution: Tuple[int, int]) -> ROIPooler:

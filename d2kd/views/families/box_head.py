@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from d2kd.errors import UserError
+from d2kd.layers import as_float
 
 from ..reads import Regions
 from ..recorder import Observed, Recorder
@@ -152,7 +153,8 @@ class BoxHead:
             pooled: the RoI features of these boxes, where they are there already.
         """
         if pooled is None:
-            levels = [features[name] for name in self.module.box_in_features]
+            # In half precision Detectron2 would round the boxes as well, by pixels
+            levels = [as_float(features[name]) for name in self.module.box_in_features]
             pooled = self.module.box_pooler(levels, boxes)
         if not read.runs_head:
             return RegionOutputs(pooled)
@@ -184,6 +186,10 @@ class BoxHead:
             per image, with ``proposal_boxes``, ``gt_classes`` (K = background), and ``gt_boxes``
             where there is ground truth.
         """
+        # Masks and keypoints would be gathered for every proposal, and not be looked at
+        targets = [
+            Instances(t.image_size, gt_boxes=t.gt_boxes, gt_classes=t.gt_classes) for t in targets
+        ]
         with get_event_storage().name_scope("teacher"):  # apart from the student's numbers
             proposals = self.module.label_and_sample_proposals(proposals, targets)
         for k in range(stage):

@@ -96,7 +96,9 @@ class DenseFamily(Family):
         Returns:
             per level, in pixels, in the order (row, column, anchor).
         """
-        return self.detector.anchor_generator(features)
+        # Detectron2's main branch makes them on the default device, and would copy from the CPU
+        with torch.device(features[0].device):
+            return self.detector.anchor_generator(features)
 
     def decode(self, deltas: List[Tensor], anchors: List[Boxes]) -> Tensor:
         """
