@@ -104,6 +104,23 @@ def open_run(path: str) -> TrainedRun:
     return TrainedRun(os.path.abspath(folder), os.path.abspath(weights), class_names_in(weights))
 
 
+def detectron2_run(path: str) -> Optional[Tuple[str, str]]:
+    """The config and a checkpoint of a run of Detectron2's own trainer.
+
+    Args:
+        path: its folder, whose last checkpoint is taken, or one of its checkpoints.
+
+    Returns:
+        paths of both; None if there is no such run.
+    """
+    folder, name = (path, None) if os.path.isdir(path) else os.path.split(path)
+    config, name = config_of_run(folder), name or _last(folder)
+    if os.path.isfile(_student_file(folder)) or not os.path.isfile(config) or not name:
+        return None
+    weights = os.path.join(folder, name)
+    return os.path.abspath(config), os.path.abspath(weights)
+
+
 def _student_file(folder: str) -> str:
     """A program is read only where there is no YAML: a folder's files may come from anybody."""
     path, program = (os.path.join(folder, name) for name in (STUDENT_YAML, STUDENT_PROGRAM))

@@ -10,7 +10,7 @@ from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
 from d2kd.data.classes import class_names_of, plain_name
 from d2kd.distillation.detectors import build_on_meta, student_family
-from d2kd.engine.runs import open_run
+from d2kd.engine.runs import detectron2_run, open_run
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
 from d2kd.model_zoo import config_name, find_config, resolve_config
@@ -117,6 +117,9 @@ def _config_of(name: str, key: str) -> str:
 def _teacher_of(name: str) -> Tuple[str, str]:
     """Config and weights of a teacher; weights are "" where they follow from the config."""
     if os.path.isdir(name) or name.endswith(".pth"):
+        of_detectron2 = detectron2_run(name)
+        if of_detectron2:
+            return of_detectron2
         run = open_run(name)
         return run.student_file, run.weights
     return _config_of(name, "--teacher"), ""

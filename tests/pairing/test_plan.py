@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import shutil
 import sys
 
 import pytest
+import torch
 import yaml
+from detectron2 import model_zoo
 
 from d2kd.cli.main import main
 from d2kd.config import read_config
@@ -45,6 +48,25 @@ def test_the_recipe_is_the_run(tmp_path):
 
 def test_without_an_output_the_folder_is_named_after_all():
     assert make_plan(STUDENT, TEACHER).output == "output/fcos_tiny_fcos_tiny_teacher_FRS"
+
+
+def test_a_run_of_detectron2_teaches(tmp_path):
+    """Its own trainer leaves a config and checkpoints, and no word on the student."""
+    zoo = "COCO-Detection/retinanet_R_50_FPN_1x"
+    (tmp_path / "config.yaml").write_text(model_zoo.get_config(f"{zoo}.yaml").dump())
+    with pytest.raises(UserError, match="is no run: give the folder with student.yaml"):
+        make_plan(zoo, str(tmp_path))
+    for name in ("model_0000999.pth", "model_final.pth"):
+        torch.save({"model": {}}, tmp_path / name)
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    named = {".": "model_final.pth", "model_0000999.pth": "model_0000999.pth"}
+    for teacher, weights in named.items():
+        plan = make_plan(zoo, str(tmp_path / teacher), [], ["OUTPUT_DIR", str(tmp_path / "out")])
+        cfg = read_config(plan.write())
+        assert cfg.DISTILL.METHODS == ["FRS"]
+        assert cfg.DISTILL.TEACHER.CONFIG == str(tmp_path / "config.yaml")
+        assert cfg.DISTILL.TEACHER.WEIGHTS == str(tmp_path / weights)
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_teacher_without_weights_is_told_how_to_get_some(tmp_path, monkeypatch):
