@@ -3,9 +3,9 @@
 Each term's gradient at the FPN is compared with that of the detection losses, over the second half
 of the steps. The proposed weights give all terms of the recipe together the share that is asked
 for: where to begin a search on your own validation set. docs/choosing.md has what they gained
-beside the weights that the methods' authors published. With few steps the proposals are too large:
-the detection losses' gradient is, at the beginning. Terms on backbone stages alone, as HGD's by
-default, have no gradient at the FPN and get no proposal.
+beside the weights that the methods' authors published. With few steps the proposals are too large,
+because the gradient of the detection losses is large at the beginning of training. Terms on
+backbone stages alone, as HGD's by default, have no gradient at the FPN and get no proposal.
 
 examples:
   d2kd balance shapes/frs/fcos_tiny.yaml MODEL.DEVICE cpu
