@@ -20,6 +20,7 @@ from d2kd.distillation import distilled_methods, save_random_teacher
 from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
 from d2kd.engine.scaling import scale_to_processes
 from d2kd.errors import UserError, reason
+from d2kd.lazy import in_words_of, is_lazy
 from d2kd.one_line import LOGGERS
 
 from .evaluations import ap_of_annotations, ap_of_teacher
@@ -73,9 +74,9 @@ def check_run(
     Yields:
         the parts, as they are done. With data that cannot be used, the model is tried on noise.
     """
-    settings = _attempt("config", lambda: _settings(cfg, num_gpus), debug)
+    settings = _attempt("config", cfg, lambda: _settings(cfg, num_gpus), debug)
     yield settings
-    yield _attempt("output", lambda: _output(cfg), debug)
+    yield _attempt("output", cfg, lambda: _output(cfg), debug)
     usable = True
     for part in _data(cfg, images, debug):
         usable &= not count(part.findings, ERROR)
@@ -84,14 +85,14 @@ def check_run(
         cfg = cfg if settings.findings else scale_to_processes(cfg, num_gpus)
         cfg = _of_one_process(cfg, 1 if settings.findings else num_gpus, folder)
         if not usable:
-            noise = _attempt("model, on images of noise", lambda: _on_noise(cfg), debug)
+            noise = _attempt("model, on images of noise", cfg, lambda: _on_noise(cfg), debug)
             yield from _unless_said(noise, settings)
             return
-        yield _attempt("evaluation", lambda: _evaluation(cfg), debug)
-        steps = _attempt("model, on its data", lambda: _steps(cfg), debug)
+        yield _attempt("evaluation", cfg, lambda: _evaluation(cfg), debug)
+        steps = _attempt("model, on its data", cfg, lambda: _steps(cfg), debug)
         yield from _unless_said(steps, settings)
         if teacher_ap:
-            yield _attempt("teacher", lambda: _teacher(cfg, teacher_ap), debug)
+            yield _attempt("teacher", cfg, lambda: _teacher(cfg, teacher_ap), debug)
 
 
 def check_without_data(cfg: CfgNode, debug: bool = False) -> Iterator[Part]:
@@ -101,11 +102,11 @@ def check_without_data(cfg: CfgNode, debug: bool = False) -> Iterator[Part]:
         cfg: of a run.
         debug: let exceptions of libraries through.
     """
-    settings = _attempt("config", lambda: _settings(cfg, 1), debug)
+    settings = _attempt("config", cfg, lambda: _settings(cfg, 1), debug)
     yield settings
     with tempfile.TemporaryDirectory(prefix="d2kd_check_") as folder:
         cfg = _of_one_process(cfg, 1, folder)
-        part = _attempt("model, on images of noise", lambda: _with_random_teacher(cfg), debug)
+        part = _attempt("model, on images of noise", cfg, lambda: _with_random_teacher(cfg), debug)
         lines = [_RANDOM if x.startswith(f"{_WEIGHTS}{folder}") else x for x in part.lines]
         yield from _unless_said(part._replace(lines=lines), settings)
 
@@ -116,11 +117,12 @@ def _unless_said(part: Part, before: Part) -> Iterator[Part]:
         yield part
 
 
-def _attempt(name: str, action: Callable[[], List[str]], debug: bool) -> Part:
-    """A part that ends at the first thing that is wrong."""
+def _attempt(name: str, cfg: CfgNode, action: Callable[[], List[str]], debug: bool) -> Part:
+    """A part that ends at the first thing that is wrong, which is said in the config's words."""
     with _Log() as log:
         try:
-            log.lines += action()
+            with in_words_of(is_lazy(cfg)):
+                log.lines += action()
         except UserError as error:
             log.add("failed", ERROR, str(error))
         except Exception as error:  # whatever the libraries make of it
@@ -181,7 +183,7 @@ def _output(cfg: CfgNode) -> List[str]:
 
 
 def _data(cfg: CfgNode, images: bool, debug: bool) -> Iterator[Part]:
-    names = _attempt("data sets", lambda: check_dataset_names(cfg) or [], debug)
+    names = _attempt("data sets", cfg, lambda: check_dataset_names(cfg) or [], debug)
     if names.findings:
         yield names
     for split in ("TRAIN", "TEST"):

@@ -52,7 +52,9 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("without a config file")
     named = "a recipe, a file, or a name in Detectron2's model zoo"
     group.add_argument("--student", default="", metavar="NAME", help=named)
-    group.add_argument("--teacher", default="", metavar="NAME", help=f"{named}; or the folder of a run")
+    group.add_argument(
+        "--teacher", default="", metavar="NAME", help=f"{named}; or the folder of a run"
+    )
     group.add_argument(
         "--method",
         action="append",

@@ -21,6 +21,7 @@ from d2kd.config import read_config
 from d2kd.engine.launch import start
 from d2kd.engine.preflight import refuse_unwritable
 from d2kd.engine.processes import place_by_torchrun
+from d2kd.engine.scaling import scale_to_processes
 from d2kd.errors import UserError
 from d2kd.pairing import Plan
 from d2kd.pairing.estimate import in_words, seconds_of_training
@@ -88,7 +89,7 @@ def _finetune(plan: Plan, args: argparse.Namespace) -> None:
     first = plan.write_teacher()
     processes = args.num_gpus * args.num_machines
     for number, what, path in ((1, "the teacher", first), (2, "the student", plan.write())):
-        cfg = read_config(path)
+        cfg = scale_to_processes(read_config(path), processes)
         if number == 1 and is_finished(plan.teacher_folder):
             print(f"step 1   the teacher is trained already: {plan.teacher_folder}", flush=True)
             continue

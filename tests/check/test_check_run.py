@@ -212,3 +212,11 @@ def test_a_teacher_that_has_learnt_is_checked_as_it_is(tmp_path, monkeypatch, ca
     main(["check", "--config-only", *words])
     out = capsys.readouterr().out
     assert "step 1" not in out and "found 0 errors" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_python_config_is_told_in_its_own_words(capsys):
+    recipe = "shapes/frs/fcos_tiny_lazy.py"
+    with pytest.raises(SystemExit):
+        main(["check", "--config-only", "--config-file", recipe, "train.device=cuda"])
+    assert "add 'train.device=cpu' at the end" in capsys.readouterr().out

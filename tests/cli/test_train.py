@@ -49,6 +49,13 @@ def test_the_teachers_run_comes_first_and_once(started, tmp_path, capsys):
     assert "step 1   the teacher is trained already" in capsys.readouterr().out
 
 
+def test_both_steps_are_shown_as_they_will_run(started, tmp_path, capsys):
+    scaled = ["SOLVER.REFERENCE_WORLD_SIZE", "4"]
+    main(["train", *NAMES, "--finetune-teacher", "OUTPUT_DIR", str(tmp_path), *scaled])
+    said = capsys.readouterr().out
+    assert said.count(": 3000 iterations of 2 images, about 2 h") == 2
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
