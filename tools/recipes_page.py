@@ -213,11 +213,8 @@ def commands(data: Dict, folder: str) -> str:
     lines = []
     if teacher.startswith("mmdet/"):
         ap = published(teacher)
-        lines += train(
-            teacher,
-            f"the teacher, {ap} AP published (small differences: docs/differences.md)",
-            "--eval-only",
-        )
+        about = f"the teacher, {ap} AP published (small differences: docs/differences.md)"
+        lines += train(teacher, about, "--eval-only")
     elif teacher.startswith("baselines/"):
         lines += train(teacher, named("the teacher", published(teacher)))
     plain = entry.get("plain", published(baseline))

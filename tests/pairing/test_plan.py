@@ -64,8 +64,8 @@ def test_a_run_of_detectron2_teaches(tmp_path):
         plan = make_plan(zoo, str(tmp_path / teacher), [], ["OUTPUT_DIR", str(tmp_path / "out")])
         cfg = read_config(plan.write())
         assert cfg.DISTILL.METHODS == ["FRS"]
-        assert cfg.DISTILL.TEACHER.CONFIG == str(tmp_path / "config.yaml")
-        assert cfg.DISTILL.TEACHER.WEIGHTS == str(tmp_path / weights)
+        files = (str(tmp_path / "config.yaml"), str(tmp_path / weights))
+        assert files == (cfg.DISTILL.TEACHER.CONFIG, cfg.DISTILL.TEACHER.WEIGHTS)
         shutil.rmtree(tmp_path / "out")
 
 
