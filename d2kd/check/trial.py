@@ -3,11 +3,12 @@
 import itertools
 import statistics
 from functools import partial
-from typing import Dict, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation.evaluator import inference_context
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -15,8 +16,10 @@ from d2kd.engine import DistillTrainer
 from d2kd.engine.averaging import EMAHook
 from d2kd.evidence.profile import peak_memory, timed
 
+from .levels import warn_of_unused_levels
+
 _MEASURED = 3  # steps, after a first one, in which processes and caches start
-_BATCHES = 4  # of the student's inference
+_BATCHES = 4  # of the student's inference, and whose boxes are looked at
 _MiB = 2**20
 
 
@@ -43,6 +46,7 @@ def try_steps(cfg: CfgNode) -> Trial:
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.model.train()
+    warn_of_unused_levels(trainer.bare_model, _some_boxes(trainer))
     with EventStorage(0) as storage:
         step = partial(_step, trainer, storage)
         losses, _, _ = step(0)
@@ -57,6 +61,12 @@ def try_steps(cfg: CfgNode) -> Trial:
         _inference_seconds(cfg, trainer.student),
         memory + _standing_memory(trainer),
     )
+
+
+def _some_boxes(trainer: DistillTrainer) -> List[Boxes]:
+    """Ground truth of some images, as training sees them."""
+    batches = itertools.islice(trainer.data_loader, _BATCHES)
+    return [x["instances"].gt_boxes for batch in batches for x in batch]
 
 
 def _step(

@@ -6,6 +6,7 @@ Shapes: N images, R boxes of all the images together, C channels, K classes.
 from typing import Dict, List, Optional, Tuple
 
 import torch
+from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.modeling.roi_heads.cascade_rcnn import _ScaleGradient
 from detectron2.structures import Boxes, Instances
@@ -44,6 +45,18 @@ class BoxHead:
     def coarsest_stride(self) -> int:
         """Of the levels that regions are pooled from."""
         return 2**self.module.box_pooler.max_level
+
+    def strides_of(self, boxes: List[Boxes]) -> Tensor:
+        """Of the level that each box is pooled from, (R,) int64, R boxes of all images."""
+        pooler = self.module.box_pooler
+        levels = assign_boxes_to_levels(
+            boxes,
+            pooler.min_level,
+            pooler.max_level,
+            pooler.canonical_box_size,
+            pooler.canonical_level,
+        )
+        return 2 ** (levels + pooler.min_level)
 
     def head(self, stage: int) -> nn.Module:
         """The layers from pooled features to the hidden vector."""
