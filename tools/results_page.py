@@ -56,7 +56,9 @@ DETECTORS = {
     "ATSS": ("atss", ("methods_atss",)),
     "GFL": ("gfl", ("methods_gfl",)),
     "Faster R-CNN": ("faster_rcnn", ("methods_faster_rcnn",)),
+    "Mask R-CNN": ("mask_rcnn", ("methods_mask_rcnn",)),
     "RetinaNet, of a Faster R-CNN": ("heterogeneous_retinanet", ("heterogeneous_retinanet",)),
+    "FCOS, of a Faster R-CNN": ("heterogeneous_fcos", ("heterogeneous_fcos",)),
     "RetinaNet, pretrained": ("retinanet", ("pretrained_retinanet",)),
 }
 # Where a search preferred a share of 2, its row follows that of 8.
