@@ -112,12 +112,21 @@ def detectron2_run(path: str) -> Optional[Tuple[str, str]]:
 
     Returns:
         paths of both; None if there is no such run.
+
+    Raises:
+        UserError: if it is the run of a LazyConfig, whose dump cannot be built from.
     """
     folder, name = (path, None) if os.path.isdir(path) else os.path.split(path)
     config, name = config_of_run(folder), name or _last(folder)
     if os.path.isfile(_student_file(folder)) or not os.path.isfile(config) or not name:
         return None
     weights = os.path.join(folder, name)
+    with open(config, errors="replace") as f:
+        if "_target_:" in f.read():
+            raise UserError(
+                f"'{config}' is what a LazyConfig left, which is not read here: give the .py that "
+                f"it was, with DISTILL.TEACHER.WEIGHTS {weights} at the end of the command"
+            )
     return os.path.abspath(config), os.path.abspath(weights)
 
 

@@ -67,6 +67,9 @@ def test_a_run_of_detectron2_teaches(tmp_path):
         files = (str(tmp_path / "config.yaml"), str(tmp_path / weights))
         assert files == (cfg.DISTILL.TEACHER.CONFIG, cfg.DISTILL.TEACHER.WEIGHTS)
         shutil.rmtree(tmp_path / "out")
+    (tmp_path / "config.yaml").write_text("model: {_target_: detectron2.modeling.RetinaNet}")
+    with pytest.raises(UserError, match="a LazyConfig left, .* give the .py that it was, with"):
+        make_plan(zoo, str(tmp_path))
 
 
 def test_a_teacher_without_weights_is_told_how_to_get_some(tmp_path, monkeypatch):
