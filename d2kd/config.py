@@ -23,7 +23,7 @@ from d2kd.lazy import (
     values_of,
 )
 from d2kd.methods import DISTILLER_REGISTRY
-from d2kd.methods.core import settle_unregistered
+from d2kd.methods.core import drop_unregistered
 from d2kd.model_zoo import resolve_config, run_folder
 from d2kd.modeling import add_dense_detector_config
 from d2kd.modeling.backbone import use_p7_without_relu
@@ -230,7 +230,7 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
         _use_defaults_of(cfg, cfg.MODEL.META_ARCHITECTURE)
         with _yacs_errors_explained(cfg, f"{path} and {opts_key}" if opts else path):
             values = CfgNode(values_of(program))
-            settle_unregistered(values.get("DISTILL"), DISTILL_KEYS, path)
+            drop_unregistered(values.get("DISTILL"), DISTILL_KEYS, path)
             whole_numbers_as_floats(cfg, values)
             cfg.merge_from_other_cfg(values)
         if test_size(program):
@@ -345,7 +345,7 @@ def _yacs_errors_explained(cfg: CfgNode, source: str) -> Iterator[None]:
 def _merge_file(cfg: CfgNode, path: str) -> None:
     """As ``cfg.merge_from_file`` does, but nothing in the file is run, and 0 is 0.0."""
     loaded = CfgNode(read_yaml(path))
-    settle_unregistered(loaded.get("DISTILL"), DISTILL_KEYS, path)
+    drop_unregistered(loaded.get("DISTILL"), DISTILL_KEYS, path)
     version = loaded.get("VERSION") or guess_version(loaded, path)
     merged = cfg if version == cfg.VERSION else downgrade_config(cfg, to_version=version)
     whole_numbers_as_floats(merged, loaded)

@@ -141,7 +141,7 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def get_value(node: CfgNode, key: str) -> Any:

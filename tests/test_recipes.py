@@ -9,7 +9,7 @@ import pytest
 
 from d2kd.config import read_config
 from d2kd.distillation import build_teacher_detector
-from d2kd.distillation.detectors import build_architecture, shapes_alone
+from d2kd.distillation.detectors import build_architecture, on_meta_device
 from d2kd.evidence.rows import read_rows, read_table
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import CONFIG_DIRS, resolve_config
@@ -110,7 +110,7 @@ def test_every_row_of_a_table_changes_something(name):
 def test_pair_fits(case):
     path, opts = CASES[case]
     cfg = read_config(path, [*opts, "MODEL.TIMM.PRETRAINED", False])
-    with shapes_alone():
+    with on_meta_device():
         student = build_family(build_architecture(cfg, path))
         teacher = build_family(build_teacher_detector(cfg)[0])
         assert cfg.DISTILL.METHODS

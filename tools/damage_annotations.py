@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from d2kd.checkpoint import written_whole
+from d2kd.writing import written_whole
 
 
 def damaged(coco: Dict[str, Any], wrong: float, missing: float, seed: int) -> Dict[str, Any]:

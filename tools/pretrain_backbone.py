@@ -22,10 +22,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
 from d2kd.data.shapes import SHAPES, draw_image
 from d2kd.errors import UserError
+from d2kd.writing import written_whole
 
 # One shape of the larger data set that fills its image, nothing before or behind it
 SINGLE = dataclasses.replace(

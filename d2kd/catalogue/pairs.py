@@ -1,4 +1,5 @@
-"""What methods read, and between which detectors they work: asked of detectors without numbers."""
+"""What methods read, and between which detectors they work: asked of detectors without
+numbers."""
 
 import functools
 from typing import Dict, Iterator, List, NamedTuple, Tuple
@@ -7,9 +8,9 @@ from detectron2.config import CfgNode
 
 from d2kd.config import read_config
 from d2kd.distillation import declared_reads
-from d2kd.distillation.detectors import student_family
+from d2kd.distillation.detectors import student_on_meta
 from d2kd.errors import UserError
-from d2kd.views import Family, Read
+from d2kd.views import Family, Read, build_family
 
 # One of each kind; by the name of its architecture in tables
 _DETECTORS = {
@@ -30,7 +31,7 @@ class _Detector(NamedTuple):
 @functools.cache
 def _detector(kind: str) -> _Detector:
     cfg = read_config(_DETECTORS[kind])
-    return _Detector(cfg, student_family(cfg))
+    return _Detector(cfg, build_family(student_on_meta(cfg)))
 
 
 TermReads = Dict[str, Tuple[Tuple[Read, ...], Tuple[Read, ...]]]

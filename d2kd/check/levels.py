@@ -8,7 +8,7 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from d2kd.distillation import TeacherStudent
-from d2kd.views import Features, paired_levels
+from d2kd.views import Features
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,9 @@ def warn_of_unused_levels(model: nn.Module, boxes: List[Boxes]) -> None:
     methods = {name for (name, _), r in model.reads.items() if Features() in r.teacher}
     if not methods:
         return
-    pairs = paired_levels(model.family, model.teacher.family, "DISTILL.METHODS")
-    compared = torch.tensor([theirs.stride for _, theirs in pairs])
     strides = box_head.strides_of(boxes)
-    elsewhere = ~torch.isin(strides, compared)
+    of_student = torch.tensor([level.stride for level in model.family.levels])
+    elsewhere = ~torch.isin(strides, of_student)
     share = elsewhere.float().mean().item()
     if share > _MOST:
         level = strides[elsewhere].mode().values.item()

@@ -17,6 +17,7 @@ from d2kd.data.images import check_images
 from d2kd.data.loader import images_per_process
 from d2kd.data.sets import look_into
 from d2kd.distillation import distilled_methods, save_random_teacher
+from d2kd.distillation.pair_report import WEIGHTS_FROM
 from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
 from d2kd.engine.scaling import scale_to_processes
 from d2kd.errors import UserError, reason
@@ -34,9 +35,8 @@ _PERFECT = 95.0
 _COCO_DETECTIONS = 100  # of an image, that COCO's AP counts
 # The logger that reports on teacher and student
 _PAIR_REPORT = "d2kd.distillation.build"
-# Its line on where a teacher's weights come from, and what it is where they are a passing file
-_WEIGHTS = "The teacher's weights: "
-_RANDOM = f"{_WEIGHTS}random, for this check alone"
+# Its line on a teacher's weights where they are a passing file
+_RANDOM = f"{WEIGHTS_FROM}random, for this check alone"
 
 
 class Part(NamedTuple):
@@ -107,7 +107,7 @@ def check_without_data(cfg: CfgNode, debug: bool = False) -> Iterator[Part]:
     with tempfile.TemporaryDirectory(prefix="d2kd_check_") as folder:
         cfg = _of_one_process(cfg, 1, folder)
         part = _attempt("model, on images of noise", cfg, lambda: _with_random_teacher(cfg), debug)
-        lines = [_RANDOM if x.startswith(f"{_WEIGHTS}{folder}") else x for x in part.lines]
+        lines = [_RANDOM if x.startswith(f"{WEIGHTS_FROM}{folder}") else x for x in part.lines]
         yield from _unless_said(part._replace(lines=lines), settings)
 
 

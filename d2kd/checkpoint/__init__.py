@@ -12,7 +12,6 @@ from .resuming import (
     pointed_checkpoint,
     refuse_occupied,
 )
-from .saving import DISK_ERRORS, cannot_write, refuse_existing, written_whole
 from .student import (
     STUDENT_PROGRAM,
     STUDENT_YAML,
@@ -27,7 +26,6 @@ from .weights import checksum, load_teacher_weights, load_trained_weights, read_
 
 __all__ = [
     "BEST_WEIGHTS",
-    "DISK_ERRORS",
     "EMA_WEIGHTS",
     "PARAMETER_NAMES",
     "STUDENT_PROGRAM",
@@ -35,7 +33,6 @@ __all__ = [
     "Best",
     "SavedRun",
     "StudentCheckpointer",
-    "cannot_write",
     "checkpoint_names",
     "checksum",
     "class_names_in",
@@ -47,10 +44,8 @@ __all__ = [
     "pointed_checkpoint",
     "read_best",
     "read_weights",
-    "refuse_existing",
     "refuse_not_finite",
     "refuse_occupied",
     "write_student_program",
     "write_student_yaml",
-    "written_whole",
 ]

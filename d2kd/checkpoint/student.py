@@ -12,6 +12,7 @@ from d2kd.errors import UserError
 from d2kd.lazy import lazy_config, to_program
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.student_config import modules_needed, student_config
+from d2kd.writing import WholeFiles, written_whole
 
 from .files import Unreadable, read_file
 from .finite import first_not_finite
@@ -23,7 +24,6 @@ from .resuming import (
     newest_checkpoint,
     outdated_checkpoints,
 )
-from .saving import WholeFiles, written_whole
 from .weights import SafeCheckpointer
 
 STUDENT_YAML = "student.yaml"

@@ -13,7 +13,7 @@ from d2kd.data.classes import plain_name
 from d2kd.errors import UserError
 from d2kd.modeling.backbone.fpn import LastLevelP6P7WithoutReLU
 from d2kd.modeling.meta_arch import ATSS, PaperFCOS
-from d2kd.views import Family, find_family
+from d2kd.views import Family, any_family
 
 from . import mmdet_settings as names
 from .mmdet_settings import Settings, file_settings
@@ -160,7 +160,7 @@ def detector_settings(
     Returns:
         its settings, named as those of a file; what it has nothing of is missing.
     """
-    family = find_family(detector) or Family(detector)
+    family = any_family(detector)
     settings: Settings = {
         names.MEAN: [round(x, 4) for x in family.pixels.mean],
         names.STD: [round(x, 4) for x in family.pixels.std],

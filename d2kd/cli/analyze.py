@@ -13,9 +13,9 @@ import argparse
 import json
 
 from d2kd.analysis import analyze
-from d2kd.checkpoint import refuse_existing, written_whole
 from d2kd.engine.runs import open_run
 from d2kd.errors import UserError
+from d2kd.writing import refuse_existing, written_whole
 
 from .arguments import add_device
 

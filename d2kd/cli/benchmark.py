@@ -19,7 +19,6 @@ import os
 import re
 from typing import List
 
-from d2kd.checkpoint import written_whole
 from d2kd.errors import UserError
 from d2kd.evidence.benchmark import STANDARD, Case, Costs, Load, measure
 from d2kd.evidence.costs import (
@@ -29,6 +28,7 @@ from d2kd.evidence.costs import (
     read_costs,
     write_costs,
 )
+from d2kd.writing import written_whole
 
 from .arguments import add_device, until_key
 

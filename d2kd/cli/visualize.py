@@ -13,11 +13,11 @@ examples:
 import argparse
 import os
 
-from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.evidence.maps import collect_maps
 from d2kd.evidence.pictures import draw
+from d2kd.writing import written_whole
 
 from .arguments import add_overrides
 

@@ -13,7 +13,7 @@ from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence
 import numpy as np
 from pycocotools.coco import COCO
 
-from d2kd.data.findings import ERROR, WARNING, Finding
+from .findings import ERROR, WARNING, Finding
 
 _NUMBERS = frozenset((int, float))
 _MOST = 1e12  # more is no coordinate; NaN and infinity are not below it either

@@ -9,9 +9,10 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from detectron2.data import DatasetMapper
 
-from d2kd.data.findings import ERROR
-from d2kd.data.images import A_STRIP, check_image, too_deep
 from d2kd.errors import UserError
+
+from .findings import ERROR
+from .images import A_STRIP, check_image, too_deep
 
 # In a sample: (file, what is wrong with it) of images that could not be read for it
 BAD_IMAGES = "bad_images"

@@ -9,8 +9,8 @@ import os
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from d2kd.data.shapes import SPECS, SPLITS, ShapesSpec
-from d2kd.data.shapes_files import annotation_file, prepare_shapes
+from .shapes import SPECS, SPLITS, ShapesSpec
+from .shapes_files import annotation_file, prepare_shapes
 
 
 def datasets_root() -> str:
@@ -19,7 +19,7 @@ def datasets_root() -> str:
 
 
 def register_shapes(spec: ShapesSpec, root: str) -> None:
-    """Register ``<name>_train`` and ``<name>_val``; nothing happens for names that are there.
+    """Registers ``<name>_train`` and ``<name>_val``; nothing happens for names that are there.
 
     The files are drawn under ``root`` when a split is first asked for, not now.
     """
@@ -47,6 +47,6 @@ def _register_split(name: str, spec: ShapesSpec, folder: str, split: str) -> Non
 
 
 def register_all(root: str) -> None:
-    """Register every data set of this file under a root folder."""
+    """Registers every data set of this file under a root folder."""
     for spec in SPECS.values():
         register_shapes(spec, root)

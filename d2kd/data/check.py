@@ -1,13 +1,16 @@
-"""Load the training set once, and turn the usual troubles with data into one-line errors."""
+"""Loads the training set once, and turns the usual troubles with data into one-line errors."""
 
 import logging
 from typing import Callable, Iterable, List, Optional, Sequence
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from d2kd.data.classes import class_names_of
-from d2kd.data.images import refuse_outside
-from d2kd.data.sets import (
+from d2kd.errors import UserError, nearest
+
+from .classes import class_names_of
+from .images import refuse_outside
+from .sets import (
     LOADING_ERRORS,
     findings_in_dicts,
     findings_in_file,
@@ -16,12 +19,11 @@ from d2kd.data.sets import (
     refuse_errors,
     why_not_loaded,
 )
-from d2kd.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
 
-def check_dataset_names(cfg, training: bool = True) -> None:
+def check_dataset_names(cfg: CfgNode, training: bool = True) -> None:
     """Checks that the config names something to train with, or else to evaluate with, and that what
     it names is known.
 
@@ -38,8 +40,10 @@ def check_dataset_names(cfg, training: bool = True) -> None:
                 raise UserError(f"DATASETS.{key}: there is no data set '{name}'; {known}")
 
 
-def load_training_dicts(cfg, load: Optional[Callable[[], List[dict]]] = None) -> List[dict]:
-    """Load the sets of DATASETS.TRAIN as Detectron2's training loader does, and check them.
+def load_training_dicts(
+    cfg: CfgNode, load: Optional[Callable[[], List[dict]]] = None
+) -> List[dict]:
+    """Loads the sets of DATASETS.TRAIN as Detectron2's training loader does, and checks them.
 
     Args:
         cfg: of a run.
@@ -71,7 +75,7 @@ def load_training_dicts(cfg, load: Optional[Callable[[], List[dict]]] = None) ->
     return dicts
 
 
-def _load_filtered(cfg) -> List[dict]:
+def _load_filtered(cfg: CfgNode) -> List[dict]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     return get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -80,7 +84,7 @@ def _load_filtered(cfg) -> List[dict]:
     )
 
 
-def masks_needed(cfg, evaluated: bool) -> str:
+def masks_needed(cfg: CfgNode, evaluated: bool) -> str:
     """The form of masks that every annotation needs, see
     :func:`~d2kd.data.annotations.check_annotations`."""
     if not cfg.MODEL.MASK_ON:
@@ -111,7 +115,7 @@ def _check_quickly(
         refuse_errors(bad, key)
 
 
-def check_annotation_files(cfg, training: bool = True) -> None:
+def check_annotation_files(cfg: CfgNode, training: bool = True) -> None:
     """Looks into the files of the data sets of a config, before anything else reads them. What is
     dubious is logged.
 
@@ -180,18 +184,6 @@ def _check_same_classes(train: str, test: str) -> None:
         "COCO's format, the same 'categories'); training data of your own need validation data of "
         "your own, too (--val-json and --val-images, --val-voc or --val-yolo)"
     )
-
-
-def num_classes_of(dataset_names: Iterable[str]) -> Optional[int]:
-    """Number of thing classes of the first data set that declares them, else None.
-
-    A data set registered from a COCO JSON without metadata declares them once it has been loaded.
-    """
-    for name in dataset_names:
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None:
-            return len(classes)
-    return None
 
 
 def _check_annotated(dicts: List[dict], names: Iterable[str]) -> None:

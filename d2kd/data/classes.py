@@ -1,7 +1,7 @@
 """The classes of data sets."""
 
 import re
-from typing import Sequence, Tuple
+from typing import Iterable, Optional, Sequence, Tuple
 
 from detectron2.data import MetadataCatalog
 
@@ -14,6 +14,18 @@ def class_names_of(names: Sequence[str]) -> Tuple[str, ...]:
         names: of registered data sets.
     """
     return tuple(MetadataCatalog.get(names[0]).get("thing_classes", ())) if names else ()
+
+
+def num_classes_of(dataset_names: Iterable[str]) -> Optional[int]:
+    """Number of thing classes of the first data set that declares them, else None.
+
+    A data set registered from a COCO JSON without metadata declares them once it has been loaded.
+    """
+    for name in dataset_names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None:
+            return len(classes)
+    return None
 
 
 def plain_name(name: str) -> str:

@@ -17,11 +17,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from d2kd.data.images import refuse_outside
-from d2kd.data.sets import no_json
-from d2kd.data.voc import load_voc, open_voc, split_file
-from d2kd.data.yolo import load_yolo, open_split
 from d2kd.errors import UserError
+
+from .images import refuse_outside
+from .sets import no_json
+from .voc import load_voc, open_voc, split_file
+from .yolo import load_yolo, open_split
 
 _logger = logging.getLogger(__name__)
 

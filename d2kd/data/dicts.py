@@ -10,8 +10,8 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 import numpy as np
 from detectron2.structures import BoxMode
 
-from d2kd.data.annotations import check_annotations, is_four_numbers
-from d2kd.data.findings import ERROR, Finding
+from .annotations import check_annotations, is_four_numbers
+from .findings import ERROR, Finding
 
 # Of an annotation, what the checks read beside its mask
 _CHECKED = ("bbox", "category_id", "iscrowd", "ignore")

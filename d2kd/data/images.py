@@ -9,8 +9,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from d2kd.data.findings import ERROR, WARNING, Finding
 from d2kd.errors import UserError, reason
+
+from .findings import ERROR, WARNING, Finding
 
 # Pillow's modes of more than 8 bits per channel, of which Detectron2 makes white where they exceed
 # 255. (A colour PNG of 16 bits is none of these: Pillow keeps its upper 8.)
@@ -150,14 +151,10 @@ def check_images(
         processes: that open images beside this one; 0 opens them in this one.
         name: of the data set, for the bar.
     """
-    loader = DataLoader(_Images(dicts), batch_size=None, num_workers=processes, collate_fn=_same)
+    loader = DataLoader(_Images(dicts), batch_size=None, num_workers=processes)
     problems = tqdm(loader, total=len(dicts), desc=name, unit="image", disable=None)
     return [
         Finding(found.kind, found.severity, d["file_name"], found.message, d.get("image_id"))
         for d, found in zip(dicts, problems)
         if found is not None
     ]
-
-
-def _same(problem: Optional[ImageProblem]) -> Optional[ImageProblem]:
-    return problem

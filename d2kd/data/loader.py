@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import threading
-from typing import Dict, Iterator, List, Set, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from detectron2.config import configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from d2kd.data.bad_images import BAD_IMAGES, BadImage, makes_white, mapped
-from d2kd.data.check import load_training_dicts
-from d2kd.data.stream import Sample, StreamFrom, delivery_order, replay
 from d2kd.errors import UserError
 from d2kd.layers.random import preserve_rng_state
+
+from .bad_images import BAD_IMAGES, BadImage, makes_white, mapped
+from .check import load_training_dicts
+from .stream import Sample, StreamFrom, delivery_order, replay
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +69,18 @@ class ResumableLoader:
     def __init__(
         self,
         *,
-        dataset,
-        sampler,
-        mapper,
-        total_batch_size,
-        aspect_ratio_grouping,
-        num_workers,
-        seed,
-        skip_bad_images=0,
+        dataset: List[dict],
+        sampler: Sampler,
+        mapper: Callable[[dict], Optional[dict]],
+        total_batch_size: int,
+        aspect_ratio_grouping: bool,
+        num_workers: int,
+        seed: int,
+        skip_bad_images: int = 0,
     ):
         """
         Args:
-            dataset: list of dicts in Detectron2's format, with "width" and "height".
+            dataset: in Detectron2's format, with "width" and "height".
             sampler: endless sampler of this rank's indices, the same at each iteration over it.
             mapper: maps a dict of the data set to the model's input.
             total_batch_size: images per iteration over all ranks.
@@ -159,7 +160,7 @@ class ResumableLoader:
 class _SeededDataset(Dataset):
     """Maps samples, each under random states that are a function of (seed, rank, position)."""
 
-    def __init__(self, dicts: List[dict], mapper, seed: int, skip: bool):
+    def __init__(self, dicts: List[dict], mapper: Callable, seed: int, skip: bool):
         self.dicts = DatasetFromList(dicts, copy=False)  # serialised: workers share the memory
         self.mapper, self.refuse_deep = PicklableWrapper(mapper), makes_white(mapper)
         self.seed, self.rank, self.skip = seed, comm.get_rank(), skip

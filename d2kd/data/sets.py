@@ -8,12 +8,13 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Seq
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from d2kd.data.annotations import check_annotations
-from d2kd.data.classes import class_names_of
-from d2kd.data.dicts import check_dicts
-from d2kd.data.findings import ERROR, Finding, by_kind, count
-from d2kd.data.images import check_image
 from d2kd.errors import UserError
+
+from .annotations import check_annotations
+from .classes import class_names_of
+from .dicts import check_dicts
+from .findings import ERROR, Finding, by_kind, count
+from .images import check_image
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Dict, List, NamedTuple, Tuple
 import cv2
 import numpy as np
 
-from d2kd.data.outlines import OUTLINES, polar
+from .outlines import OUTLINES, polar
 
 VERSION = 1  # of the drawing; raise it whenever a pixel or a box changes
 SPLITS = ("train", "val")
@@ -194,8 +194,10 @@ def _place(rng, spec: ShapesSpec, width: int, height: int, boxes: List[np.ndarra
     return None
 
 
-def draw_image(spec: ShapesSpec, seed: int, split: str, index: int):
-    """Draw one image.
+def draw_image(
+    spec: ShapesSpec, seed: int, split: str, index: int
+) -> Tuple[np.ndarray, List[Shape]]:
+    """Draws one image.
 
     Args:
         seed: of the whole data set.

@@ -15,9 +15,10 @@ import cv2
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
-from d2kd.data.outlines import keyhole
-from d2kd.data.shapes import SPLITS, VERSION, Shape, ShapesSpec, draw_image
 from d2kd.errors import UserError
+
+from .outlines import keyhole
+from .shapes import SPLITS, VERSION, Shape, ShapesSpec, draw_image
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def annotation_file(folder: str, split: str) -> str:
 
 
 def prepare_shapes(spec: ShapesSpec, folder: str, seed: Optional[int] = None) -> None:
-    """Make sure that the data set lies complete in a folder; draw it there if the folder is absent.
+    """Makes sure that the data set lies complete in a folder; draws it there if there is none.
 
     Several processes may ask at once: one draws, the others wait for it.
 
@@ -86,7 +87,7 @@ def _is_complete(spec: ShapesSpec, folder: str, seed: Optional[int]) -> bool:
 
 
 def _write(spec: ShapesSpec, folder: str, seed: int) -> None:
-    """Draw everything into a folder beside, then rename it: a killed run leaves no half set."""
+    """Draws everything into a folder beside, then renames it: a killed run leaves no half set."""
     logger.info(
         f"Drawing {spec.name} ({sum(spec.images.values())} images, seed {seed}) into {folder}"
     )
@@ -109,14 +110,12 @@ def _progress(spec: ShapesSpec) -> tqdm:
 
 
 def _write_json(path: str, content: dict) -> None:
-    """Write a file that readers see either as it was or as it will be."""
-    with open(path + ".partial", "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file)
-    os.replace(path + ".partial", path)
 
 
 def _draw_split(spec: ShapesSpec, seed: int, split: str, progress: tqdm, folder: str) -> dict:
-    """Draw a split, write its images into a folder, and return its COCO JSON."""
+    """Draws a split, writes its images into a folder, and returns its COCO JSON."""
     images, annotations = [], []
     for index in range(spec.images[split]):
         image, objects = draw_image(spec, seed, split, index)

@@ -14,8 +14,9 @@ from xml.etree import ElementTree
 
 from detectron2.structures import BoxMode
 
-from d2kd.data.images import ENDINGS, refuse_outside
 from d2kd.errors import UserError
+
+from .images import ENDINGS, refuse_outside
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

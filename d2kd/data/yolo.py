@@ -11,9 +11,10 @@ import yaml
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from d2kd.data.images import ENDINGS, EXIF_ORIENTATION, SIDEWAYS
 from d2kd.errors import UserError
 from d2kd.safe_yaml import plain_yaml
+
+from .images import ENDINGS, EXIF_ORIENTATION, SIDEWAYS
 
 _TEXT = "utf-8-sig"  # UTF-8, with a byte-order mark or without, as editors of Windows write it
 

@@ -17,7 +17,6 @@ from d2kd.errors import UserError, building, nearest
 from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
 from d2kd.model_zoo import resolve_config, shipped_weights, trained_weights, zoo_weights
 from d2kd.modeling.backbone import check_p7
-from d2kd.views import Family, build_family
 
 
 class TeacherSource(NamedTuple):
@@ -46,7 +45,8 @@ def build_detector(cfg: CfgNode, source: str = "the student's config") -> nn.Mod
 
 
 class _ConstantsOnCPU(TorchFunctionMode):
-    """Numbers that a constructor is given, anchors for instance, are there on a CPU."""
+    """Keeps ``torch.tensor`` and ``torch.linspace`` on the CPU: constructors read their numbers, of
+    anchors for instance."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -56,8 +56,9 @@ class _ConstantsOnCPU(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
-    """What is built inside has parameters without numbers, which takes neither time nor memory."""
+def on_meta_device() -> Iterator[None]:
+    """What is built inside has parameters of torch's meta device, with shapes but without numbers,
+    which takes neither time nor memory."""
     with torch.device("meta"), _ConstantsOnCPU():
         yield
 
@@ -81,7 +82,8 @@ def _device(cfg: CfgNode) -> torch.device:
 
 
 def build_architecture(cfg: CfgNode, source: str) -> nn.Module:
-    """:func:`build_detector` wherever new tensors go."""
+    """Builds a detector on torch's default device; :func:`build_detector` moves it to
+    ``MODEL.DEVICE``."""
     if is_lazy(cfg):
         return _instantiated(lazy_config(cfg).model, source)
     name = cfg.MODEL.META_ARCHITECTURE
@@ -143,8 +145,8 @@ def _lazy_teacher(path: str, opts: Sequence, weights: str) -> TeacherSource:
     return TeacherSource(detector, mapper.get("image_format", "BGR"), weights)
 
 
-def build_on_meta(cfg: CfgNode, teacher_opts: Sequence = ()) -> TeacherSource:
-    """The teacher of a config, of shapes alone.
+def teacher_on_meta(cfg: CfgNode, teacher_opts: Sequence = ()) -> TeacherSource:
+    """The teacher of a config, on the meta device.
 
     Args:
         cfg: of the student.
@@ -152,16 +154,16 @@ def build_on_meta(cfg: CfgNode, teacher_opts: Sequence = ()) -> TeacherSource:
     """
     cfg = cfg.clone()
     cfg.DISTILL.TEACHER.OPTS = [*cfg.DISTILL.TEACHER.OPTS, *teacher_opts]
-    with shapes_alone():
+    with on_meta_device():
         return build_teacher_detector(cfg)
 
 
-def student_family(cfg: CfgNode) -> Family:
-    """The family of a student, of shapes alone."""
+def student_on_meta(cfg: CfgNode) -> nn.Module:
+    """The student of a config, on the meta device."""
     cfg = cfg.clone()
     cfg.MODEL.TIMM.PRETRAINED = False
-    with shapes_alone():
-        return build_family(build_architecture(cfg, "the student's config"))
+    with on_meta_device():
+        return build_architecture(cfg, "the student's config")
 
 
 def million_parameters(detector: nn.Module) -> float:

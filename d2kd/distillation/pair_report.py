@@ -14,6 +14,8 @@ from .teacher import Teacher
 
 PAIR_HEADERS = ("", "teacher", "student", "")
 LOSS_HEADERS = ("loss", "weight", "reads of student", "reads of teacher", "verdict")
+# How its line on the teacher's weights begins
+WEIGHTS_FROM = "The teacher's weights: "
 
 
 def pair_report(
@@ -45,10 +47,11 @@ def pair_report(
     verdicts = tabulate(loss_rows(distillers, reads, weights), LOSS_HEADERS, tablefmt="simple")
     starts = "".join(f"\nThe student starts with {line}" for line in filled)
     starts += "".join(f"\nValues of {name}: {s}" for name, s in sources.items() if s)
+    starts += "".join(f"\n{name}: {x.caveat}" for name, x in distillers.items() if x.caveat)
     apart = student.not_distilled
     if apart:
         starts += f"\nLearn from ground truth alone: {', '.join(apart)}"
-    source = f"The teacher's weights: {teacher.weights or 'as initialised'}"
+    source = f"{WEIGHTS_FROM}{teacher.weights or 'as initialised'}"
     return f"Teacher and student:\n{pair}\n{source}\n\n{verdicts}{starts}"
 
 

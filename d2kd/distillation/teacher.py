@@ -74,7 +74,7 @@ class Teacher:
         self.weights = weights
         self.checksum = checksum(detector)
         self.precision_name = ""
-        self.random = RandomStream(seed=int(torch.randint(2**31, (1,), device="cpu")))
+        self.random = RandomStream()
         self._flip_channels = input_format != student_format
         same = self.family.pixels == build_family(student).pixels
         self._same_pixels = same and not self._flip_channels
@@ -177,7 +177,7 @@ class TeacherPass:
         branches = self._branches()
         with torch.no_grad(), self._teacher.precision(), self._recorder:
             if branches == {*head.branch_of.values()}:
-                head.run(levels)
+                head.module(levels)
                 return
             for branch in sorted(branches):
                 view.keep_branches(head.resume(branch, 0, levels))

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from d2kd.checkpoint import DISK_ERRORS, cannot_write
 from d2kd.errors import UserError
+from d2kd.writing import DISK_ERRORS, cannot_write
 
 from .stopping import unreachable
 

@@ -41,7 +41,7 @@ class ConsoleFormatter(PlainFormatter):
         return text.replace("] ", f"] {level} ", 1)
 
 
-class ForPeople(logging.Filter):
+class ConsoleFilter(logging.Filter):
     """Lets through what a person reads: d2kd's messages, how far an evaluation is, and warnings."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ def set_up_logs(folder: str, rank: int) -> None:
                 continue  # of a run before in this process
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.setLevel(logging.INFO)
-                handler.addFilter(ForPeople())
+                handler.addFilter(ConsoleFilter())
                 handler.setFormatter(ConsoleFormatter(colours_wanted()))
             else:
                 handler.setFormatter(PlainFormatter(_FILE_FORMAT, _FILE_TIME))

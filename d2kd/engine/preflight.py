@@ -9,17 +9,17 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
-from d2kd.checkpoint import cannot_write
 from d2kd.data.check import (
     check_annotation_files,
     check_dataset_names,
     check_evaluation,
-    num_classes_of,
 )
+from d2kd.data.classes import num_classes_of
 from d2kd.data.loader import images_per_process
 from d2kd.errors import UserError
 from d2kd.lazy import is_lazy, lazy_config
 from d2kd.views import find_family
+from d2kd.writing import cannot_write
 
 from .evaluators import refuse_without_evaluator
 from .scaling import scale_to_processes

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 # Values that a smoothed one is made of, as in Detectron2
 WINDOW = 20
 # Parts of a step that are logged as <part>_time; what they leave is the student's
-_PARTS = ("data", "teacher", "distillation")
+TIMED_PARTS = ("data", "teacher", "distillation")
 
 
 class ProgressPrinter(EventWriter):
@@ -66,7 +66,7 @@ def _times(storage: EventStorage) -> str:
     seconds = storage.history("time").avg(WINDOW)
     split = split_time(
         seconds,
-        {p: _value(storage, f"{p}_time") for p in _PARTS if f"{p}_time" in storage.latest()},
+        {p: _value(storage, f"{p}_time") for p in TIMED_PARTS if f"{p}_time" in storage.latest()},
     )
     return f"time: {seconds:.3f} s ({', '.join(f'{k} {v:.3f}' for k, v in split.items())})"
 

@@ -9,13 +9,14 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from d2kd.checkpoint import SavedRun, written_whole
+from d2kd.checkpoint import SavedRun
 from d2kd.config import DISTILL_KEYS, default_config
 from d2kd.errors import UserError
 from d2kd.lazy import comparable, is_lazy, is_python, lazy_config, load_program, to_program
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import read_yaml
 from d2kd.schema import leaves
+from d2kd.writing import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,14 @@ def write_run_config(cfg: CfgNode) -> None:
 
 
 def config_of_run(folder: str) -> str:
-    """The path of a run's config: ``config.py``, a program, only without a ``config.yaml``."""
-    path = os.path.join(folder, CONFIG_YAML)
-    program = os.path.join(folder, CONFIG_PROGRAM)
+    """The path of a run's config, ``config.yaml`` or ``config.py``."""
+    return yaml_or_program(folder, CONFIG_YAML, CONFIG_PROGRAM)
+
+
+def yaml_or_program(folder: str, yaml: str, program: str) -> str:
+    """The path of one of two files. A program is read only where there is no YAML: a folder's files
+    may come from anybody."""
+    path, program = os.path.join(folder, yaml), os.path.join(folder, program)
     return program if os.path.isfile(program) and not os.path.isfile(path) else path
 
 

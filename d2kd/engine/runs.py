@@ -20,7 +20,7 @@ from d2kd.distillation import build_detector
 from d2kd.errors import UserError
 from d2kd.lazy import python_overrides
 
-from .run_config import config_of_run
+from .run_config import config_of_run, yaml_or_program
 
 
 class TrainedRun(NamedTuple):
@@ -92,8 +92,7 @@ def open_run(path: str) -> TrainedRun:
     Raises:
         UserError: if there is no run, or nothing that it has saved.
     """
-    folder, name = (path, None) if os.path.isdir(path) else os.path.split(path)
-    name = name or _last(folder)
+    folder, name = _folder_and_checkpoint(path)
     weights = os.path.join(folder, name) if name else ""
     if not os.path.isfile(_student_file(folder)) or not os.path.isfile(weights):
         what = "is no run" if os.path.exists(path) else "is not there"
@@ -116,8 +115,8 @@ def detectron2_run(path: str) -> Optional[Tuple[str, str]]:
     Raises:
         UserError: if it is the run of a LazyConfig, whose dump cannot be built from.
     """
-    folder, name = (path, None) if os.path.isdir(path) else os.path.split(path)
-    config, name = config_of_run(folder), name or _last(folder)
+    folder, name = _folder_and_checkpoint(path)
+    config = config_of_run(folder)
     if os.path.isfile(_student_file(folder)) or not os.path.isfile(config) or not name:
         return None
     weights = os.path.join(folder, name)
@@ -131,9 +130,14 @@ def detectron2_run(path: str) -> Optional[Tuple[str, str]]:
 
 
 def _student_file(folder: str) -> str:
-    """A program is read only where there is no YAML: a folder's files may come from anybody."""
-    path, program = (os.path.join(folder, name) for name in (STUDENT_YAML, STUDENT_PROGRAM))
-    return program if os.path.isfile(program) and not os.path.isfile(path) else path
+    return yaml_or_program(folder, STUDENT_YAML, STUDENT_PROGRAM)
+
+
+def _folder_and_checkpoint(path: str) -> Tuple[str, Optional[str]]:
+    """A run's folder, and the name of its checkpoint that a path means, the last one if it is the
+    folder's; None if there is none."""
+    folder, name = (path, None) if os.path.isdir(path) else os.path.split(path)
+    return folder, name or _last(folder)
 
 
 def _last(folder: str) -> Optional[str]:

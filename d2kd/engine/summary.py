@@ -14,7 +14,7 @@ from d2kd.distillation.detectors import million_parameters
 from d2kd.lazy import is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.student_config import modules_needed
-from d2kd.views import find_family
+from d2kd.views import any_family
 
 from .averaging import EMA
 from .metrics import METRICS_FILE, read_metrics
@@ -50,8 +50,7 @@ def _source(cfg: CfgNode) -> str:
 
 
 def _student(trainer: DistillTrainer) -> str:
-    family = find_family(trainer.student)
-    name = family.name if family else type(trainer.student).__name__
+    name = any_family(trainer.student).name
     millions = million_parameters(trainer.student)
     start = trainer.cfg.MODEL.WEIGHTS or "random weights"
     if trainer.start_iter:

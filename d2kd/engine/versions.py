@@ -15,7 +15,7 @@ import torchvision
 from detectron2.utils import comm
 
 import d2kd
-from d2kd.checkpoint import written_whole
+from d2kd.writing import written_whole
 
 VERSIONS = "versions.json"
 _GIT_SECONDS = 10

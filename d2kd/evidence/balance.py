@@ -18,7 +18,7 @@ from d2kd.lazy import python_overrides
 from d2kd.methods.core import DISTILLER_REGISTRY, scalar_name
 
 
-class Proposal(NamedTuple):
+class ProposedWeight(NamedTuple):
     """The weight of one term."""
 
     key: str  # in the config
@@ -27,7 +27,7 @@ class Proposal(NamedTuple):
     proposed: float  # the weight that gives the share that was asked for
 
 
-def propose_weights(cfg: CfgNode, share: float, steps: int) -> List[Proposal]:
+def propose_weights(cfg: CfgNode, share: float, steps: int) -> List[ProposedWeight]:
     """Trains some steps from the start of a run, and looks at the gradients of the second half.
 
     Args:
@@ -88,14 +88,14 @@ def _at_full_weight(model: TeacherStudent, key: tuple, values: List[tuple]) -> f
     return statistics.median(full) if full else 0.0
 
 
-def _proposal(model: TeacherStudent, key: tuple, ratio: float, share: float) -> Proposal:
+def _proposal(model: TeacherStudent, key: tuple, ratio: float, share: float) -> ProposedWeight:
     method, term = key
     weight = model.schedules[key].weight
     name = DISTILLER_REGISTRY.get(method).term_key(term)
-    return Proposal(name, weight, ratio, float(f"{weight * share / ratio:.2g}"))
+    return ProposedWeight(name, weight, ratio, float(f"{weight * share / ratio:.2g}"))
 
 
-def proposals_text(proposals: List[Proposal], config: str) -> str:
+def proposals_text(proposals: List[ProposedWeight], config: str) -> str:
     """A table, and the overrides that set the proposed weights.
 
     Args:

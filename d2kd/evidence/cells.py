@@ -4,12 +4,12 @@ import json
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from d2kd.checkpoint import written_whole
 from d2kd.config import read_config
-from d2kd.distillation.detectors import million_parameters, student_family
+from d2kd.distillation.detectors import million_parameters, student_on_meta
 from d2kd.engine.versions import recorded_versions
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
+from d2kd.writing import written_whole
 
 from .rows import Row
 from .runs import Run
@@ -78,7 +78,7 @@ def _made_with(starts: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 
 def parameters(config_file: str, opts: Sequence = ()) -> float:
     """Millions of parameters of the student that a config describes."""
-    return million_parameters(student_family(read_config(config_file, opts)).detector)
+    return million_parameters(student_on_meta(read_config(config_file, opts)))
 
 
 def by_label(cells: Sequence[Cell]) -> Dict[str, List[Cell]]:

@@ -9,8 +9,8 @@ from typing import Dict, List, Sequence
 import numpy as np
 from tabulate import tabulate
 
-from d2kd.checkpoint import written_whole
 from d2kd.errors import UserError, reason
+from d2kd.writing import written_whole
 
 from .benchmark import PARTS, STANDARD_PARTS, Case, Costs, Load
 
@@ -18,20 +18,29 @@ HEADERS = ["recipe", "c/a", "c/(a+b)", "c/(a+b) in FLOPs", "rebuilt/b", "memory 
 HEADERS += ["host syncs of c, of a"]
 
 
+def _ratios(costs: Costs, part: str, to: str) -> List[float]:
+    """The time of one part to that of others, such as "ab", in every round; smallest first."""
+    others = zip(*(costs.seconds[name] for name in to))
+    return sorted(x / sum(y) for x, y in zip(costs.seconds[part], others))
+
+
 def ratio(costs: Costs, part: str, to: str) -> float:
     """The median over the rounds of the time of one part to that of others, such as "ab"."""
-    others = zip(*(costs.seconds[name] for name in to))
-    return statistics.median(x / sum(y) for x, y in zip(costs.seconds[part], others))
+    return statistics.median(_ratios(costs, part, to))
 
 
 def quartile_spread(costs: Costs, part: str, to: str) -> float:
     """Half the distance of the quartiles of the same ratio."""
-    others = zip(*(costs.seconds[name] for name in to))
-    ratios = sorted(x / sum(y) for x, y in zip(costs.seconds[part], others))
+    ratios = _ratios(costs, part, to)
     if len(ratios) < 4:
         return (ratios[-1] - ratios[0]) / 2
     quartiles = statistics.quantiles(ratios, n=4)
     return (quartiles[2] - quartiles[0]) / 2
+
+
+def _with_spread(costs: Costs, part: str, to: str, digits: int) -> str:
+    median, spread = ratio(costs, part, to), quartile_spread(costs, part, to)
+    return f"{median:.{digits}f} ± {spread:.{digits}f}"
 
 
 def flops_ratio(costs: Costs) -> float:
@@ -59,16 +68,13 @@ def costs_text(costs: Costs, most_operations: int = 0) -> str:
         f"{' '.join([costs.case.recipe, *costs.case.opts])}",
         f"{costs.device}, torch {costs.torch}, {load.batch} x {load.size}²{amp}",
         _table(rows, ["", "seconds", "peak MiB"]),
-        f"c/a     {ratio(costs, 'c', 'a'):.3f} ± {quartile_spread(costs, 'c', 'a'):.3f}",
+        f"c/a     {_with_spread(costs, 'c', 'a', 3)}",
     ]
     for name in costs.seconds:
         if name.startswith("c"):
-            value = f"{ratio(costs, name, 'ab'):.3f} ± {quartile_spread(costs, name, 'ab'):.3f}"
-            lines.append(f"c/(a+b) {value}{name[1:]}")
+            lines.append(f"c/(a+b) {_with_spread(costs, name, 'ab', 3)}{name[1:]}")
     lines.append(f"        {flops_ratio(costs):.3f} in FLOPs")
-    lines.append(
-        f"teacher {ratio(costs, 't', 'b'):.3f} ± {quartile_spread(costs, 't', 'b'):.3f} of b"
-    )
+    lines.append(f"teacher {_with_spread(costs, 't', 'b', 3)} of b")
     lines.append(f"memory c/a {costs.memory['c'] / costs.memory['a']:.3f}")
     if not costs.on_cpu:
         lines.append(f"host syncs {costs.syncs['c']} in c, {costs.syncs['a']} in a")
@@ -83,9 +89,10 @@ def costs_markdown(all_costs: Sequence[Costs]) -> str:
     """One row per recipe, as in docs/speed.md."""
     rows = []
     for costs in all_costs:
-        values = [(("c", "a"), costs), (("c", "ab"), costs), (("t", "b"), costs)]
-        ratios = [f"{ratio(x, *of):.2f} ± {quartile_spread(x, *of):.2f}" for of, x in values]
-        ratios.insert(2, f"{flops_ratio(costs):.2f}")
+        to_student, to_both, of_teacher = (
+            _with_spread(costs, *of, 2) for of in (("c", "a"), ("c", "ab"), ("t", "b"))
+        )
+        ratios = [to_student, to_both, f"{flops_ratio(costs):.2f}", of_teacher]
         memory = f"{costs.memory['c'] / costs.memory['a']:.2f}"
         syncs = "" if costs.on_cpu else f"{costs.syncs['c']}, {costs.syncs['a']}"
         label = f", {costs.case.label}" if costs.case.label else ""

@@ -5,8 +5,8 @@ from typing import Dict, List
 import numpy as np
 from matplotlib.figure import Figure
 
-from d2kd.checkpoint import written_whole
 from d2kd.labels import as_label
+from d2kd.writing import written_whole
 
 from .cells import Cell
 

@@ -14,6 +14,7 @@ from d2kd.lazy import python_overrides
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import recipe_name, resolve_config
 from d2kd.safe_yaml import plain_yaml
+from d2kd.schema import leaves
 
 TABLE_KEYS = ("BASE", "PLAIN", "ROWS")
 # What a comparison gives to each run, in the names of YAML and of Python configs
@@ -90,17 +91,9 @@ def read_table(path: str) -> List[Row]:
                 f"'{label}'"
             )
         changes = {key: value for key, value in changes.items() if key != "BASE"}
-        rows.append(Row(label, own, _opts(changes)))
+        opts = [word for key, value in leaves(changes) for word in (key, _word(value))]
+        rows.append(Row(label, own, opts))
     return rows
-
-
-def _opts(changes: Dict[str, Any], node: str = "") -> List[str]:
-    """KEY VALUE KEY VALUE ... of a mapping below a node."""
-    opts: List[str] = []
-    for key, value in changes.items():
-        nested = isinstance(value, dict)
-        opts += _opts(value, f"{node}{key}.") if nested else [f"{node}{key}", _word(value)]
-    return opts
 
 
 def _read_mapping(path: str) -> Dict[str, Any]:

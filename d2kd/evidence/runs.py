@@ -15,17 +15,17 @@ from typing import Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, 
 import torch
 from tqdm import tqdm
 
-from d2kd.checkpoint import written_whole
 from d2kd.command import train_command, typed_command
 from d2kd.config import read_config
 from d2kd.distillation import distilled_methods, refuse_missing_weights
-from d2kd.distillation.detectors import build_on_meta
+from d2kd.distillation.detectors import teacher_on_meta
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.results import METRICS
 from d2kd.engine.run_config import changed_settings, the_first
 from d2kd.errors import UserError, reason
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import FINAL_WEIGHTS, config_name
+from d2kd.writing import written_whole
 
 from .rows import Row, folder_of
 
@@ -226,7 +226,7 @@ class _Training:
         """What to do about a teacher without weights; empty if there is none, or it has some."""
         if distilled_methods(self._cfg):
             try:
-                refuse_missing_weights(self._cfg, build_on_meta(self._cfg).weights)
+                refuse_missing_weights(self._cfg, teacher_on_meta(self._cfg).weights)
             except UserError as e:
                 return str(e)
         return ""

@@ -9,9 +9,9 @@ from scipy import stats
 from tabulate import tabulate
 from torch import nn
 
-from d2kd.checkpoint import written_whole
 from d2kd.engine import DistillTrainer
 from d2kd.engine.results import METRICS
+from d2kd.writing import written_whole
 
 from .cells import Cell, by_label, cell_of, write_cells
 from .figures import draw_rows

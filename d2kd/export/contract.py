@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from d2kd import __version__
-from d2kd.views import build_family
+from d2kd.views import any_family
 
 _RESIZED = (
     "resized so that its shorter side has min_size pixels, or its longer side max_size if that "
@@ -32,7 +32,7 @@ def input_contract(student: nn.Module, cfg: CfgNode, classes: Sequence[str]) -> 
         cfg: its config.
         classes: its names, in order; may be unknown.
     """
-    pixels = build_family(student).pixels
+    pixels = any_family(student).pixels
     return {
         "architecture": type(student).__name__,
         "classes": list(classes),

@@ -24,3 +24,22 @@ def kl_divergence(
     log_q = (as_target(teacher_logits, logits) / temperature).log_softmax(dim)
     kl = F.kl_div(log_p, log_q, reduction="none", log_target=True)
     return kl.sum(dim) * temperature**2
+
+
+def box_distribution_kl(
+    deltas: Tensor, teacher_deltas: Tensor, num_anchors: int, temperature: float
+) -> Tensor:
+    """Divergence of the distributions of box sides that GFL's head predicts on a level.
+
+    Args:
+        deltas: (N, A·4·B, h, w), logits of B bins per side.
+        teacher_deltas: same shape; gets no gradient.
+        num_anchors: A.
+        temperature: see :func:`kl_divergence`.
+
+    Returns:
+        (N, A, h, w), the mean over the four sides.
+    """
+    sides = (num_anchors, 4, -1)
+    ours, theirs = deltas.unflatten(1, sides), teacher_deltas.unflatten(1, sides)
+    return kl_divergence(ours, theirs, temperature, dim=3).mean(dim=2)

@@ -18,11 +18,13 @@ class RandomStream(contextlib.AbstractContextManager):
     on the same samples as it does alone.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: Optional[int] = None):
         """
         Args:
-            seed: where the stream starts, the same on every device.
+            seed: where the stream starts, the same on every device; drawn, if not given.
         """
+        if seed is None:
+            seed = int(torch.randint(2**31, (1,), device="cpu"))
         self._state = {"cpu": torch.Generator().manual_seed(seed).get_state(), "cuda": None}
         self._seed = seed
         self._depth = 0

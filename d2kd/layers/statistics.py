@@ -13,6 +13,9 @@ from .precision import as_float
 
 # Keeps a constant channel from a division by 0 (CrossKD's and PKD's code).
 EPS = 1e-6
+# An almost dead channel of a student is stretched by no more than this, and so is its gradient;
+# CrossKD's and PKD's code stretch up to a millionfold. Channels that are alive stay far below.
+MAX_GAIN = 1e3
 _TINY = 1e-12
 
 

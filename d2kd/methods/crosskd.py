@@ -3,8 +3,8 @@ https://arxiv.org/abs/2306.11369).
 
 Features of the student's towers are handed over to the rest of the teacher's towers. What these
 predict learns from the teacher's own predictions, while the student's predictions learn from ground
-truth alone. Follows the authors' released code, which differs from the paper in the alignment of
-statistics (not in the paper) and in weights.
+truth alone. Follows the authors' released code, which by second-hand notes differs from the paper
+in the alignment of statistics (not in the paper) and in weights.
 
 Shapes: N images, C channels, (h, w) the size of an FPN level.
 """
@@ -16,9 +16,15 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Tuple
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from d2kd.layers import channel_statistics, kl_divergence, transfer_statistics
+from d2kd.layers import (
+    MAX_GAIN,
+    channel_statistics,
+    kl_divergence,
+    quality_focal_kd,
+    transfer_statistics,
+)
 from d2kd.methods.core import DISTILLER_REGISTRY, Defaults
-from d2kd.methods.core.dense_kd import OUTPUTS, TARGETS, DenseKD, quality_focal_kd
+from d2kd.methods.core.dense_kd import OUTPUTS, TARGETS, DenseKD
 from d2kd.schema import Key
 from d2kd.views import (
     Assignment,
@@ -36,9 +42,6 @@ __all__ = ["CrossKD", "align_statistics", "localization_kd", "quality_focal_kd"]
 # Of two distributions of a box side's distance, over R bins: (M, R) twice -> (M,)
 localization_kd = kl_divergence
 
-# An almost dead channel of the student is stretched by no more than this, and so is its gradient;
-# the authors' code stretches up to a millionfold. Channels that are alive stay far below.
-MAX_GAIN = 1e3
 
 # After how many of 4 blocks the authors hand over, by the kind of student
 _DEPTH_OF = {"RetinaNet": 3, "ATSS": 3, "GFL": 3, "PaperFCOS": 2, "FCOS": 2}

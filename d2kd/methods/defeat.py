@@ -168,6 +168,8 @@ def _head_reads(node: CfgNode) -> Reads:
 class DeFeat(Distiller):
     """Decoupled imitation of FPN levels ("neck"), backbone stages and RoI classes ("head")."""
 
+    caveat = "its default weights are the authors' for VOC; for COCO one of them names 4 and 16"
+
     keys = {
         "NECK_OBJECT": term(
             3.0,

@@ -2,8 +2,8 @@
 https://arxiv.org/abs/2111.00674).
 
 The teacher's class scores say where features are rich. That score weights the imitation of FPN
-levels, and of class predictions. Formulas follow the authors' released code, which the paper's
-text agrees with as far as it could be checked: docs/methods/frs.md.
+levels, and of class predictions. Formulas follow the authors' released code, with which second-hand
+transcriptions of the paper agree: docs/methods/frs.md.
 
 Shapes: N images, C channels, A anchors per location, K classes, (h, w) the size of a level,
 L levels.
@@ -31,7 +31,7 @@ from d2kd.views import (
     channels_of,
     paired_levels,
 )
-from d2kd.views.pairs import ANCHORS, HEAD_CLASSES, check_same, check_same_anchors
+from d2kd.views.comparable import ANCHORS, HEAD_CLASSES, check_same, check_same_anchors
 
 # Far below any sum of scores that a detector gives; only keeps 0 / 0 away.
 EPS = torch.finfo(torch.float32).eps

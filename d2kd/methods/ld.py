@@ -18,7 +18,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from d2kd.errors import UserError
-from d2kd.layers import flatten_scalars, highest_logits, kl_divergence
+from d2kd.layers import box_distribution_kl, flatten_scalars, highest_logits
 from d2kd.methods.core import DISTILLER_REGISTRY, Distiller, term
 from d2kd.schema import Key
 from d2kd.views import (
@@ -29,7 +29,7 @@ from d2kd.views import (
     StudentView,
     TeacherView,
 )
-from d2kd.views.pairs import ANCHORS, BINS, LEVELS, check_same
+from d2kd.views.comparable import ANCHORS, BINS, LEVELS, check_same
 
 
 def main_region_weights(logits: Tensor, positive: Tensor, num_anchors: int) -> Tensor:
@@ -63,9 +63,8 @@ def localization_distillation(
         scalar: 1/N · Σ weight · T² · KL(teacher, student) / B, the mean over the four sides, summed
         over anchors. (The released code takes the mean over bins, too, and does not divide by N.)
     """
-    sides = (num_anchors, 4, -1)  # B bins each
-    ours, theirs = deltas.unflatten(1, sides), teacher_deltas.unflatten(1, sides)
-    loss = kl_divergence(ours, theirs, temperature, dim=3).mean(dim=2) / ours.shape[3]
+    num_bins = deltas.shape[1] // (4 * num_anchors)
+    loss = box_distribution_kl(deltas, teacher_deltas, num_anchors, temperature) / num_bins
     return (flatten_scalars([loss])[0] * weights).sum() / len(deltas)
 
 
@@ -73,6 +72,8 @@ def localization_distillation(
 class LD(Distiller):
     """Box distributions of the anchors that learn an object, towards the teacher's. For detectors
     that predict such distributions: GFL."""
+
+    caveat = "the main region alone, the authors' weight times the 3 images that they sum over"
 
     keys = {
         "BBOX": term(

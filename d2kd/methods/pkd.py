@@ -4,6 +4,7 @@ et al., NeurIPS 2022, https://arxiv.org/abs/2207.02039): imitation of standardis
 Shapes: N images, C channels, (h, w) the size of an FPN level, L levels.
 """
 
+import math
 from typing import Dict, List, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2kd.layers import as_target, transfer_statistics
+from d2kd.layers import MAX_GAIN, as_target, transfer_statistics
 from d2kd.methods.core import DISTILLER_REGISTRY, Defaults, Distiller, matching_adapters, term
 from d2kd.views import (
     Family,
@@ -26,23 +27,26 @@ from d2kd.views import (
 )
 
 
-def standardize(features: Tensor) -> Tensor:
-    """(N, C, h, w) -> the same with mean 0 and standard deviation 1 in every channel."""
+def standardize(features: Tensor, max_gain: float = math.inf) -> Tensor:
+    """(N, C, h, w) -> the same with mean 0 and standard deviation 1 in every channel; less, where
+    that would stretch a channel by more than ``max_gain``."""
     zero = torch.zeros(1, device=features.device)
-    return transfer_statistics(features, mean=zero, std=zero + 1)
+    return transfer_statistics(features, mean=zero, std=zero + 1, max_gain=max_gain)
 
 
-def pearson_imitation(student: Tensor, teacher: Tensor) -> Tensor:
+def pearson_imitation(student: Tensor, teacher: Tensor, max_gain: float = math.inf) -> Tensor:
     """One level of the loss.
 
     Args:
         student, teacher: (N, C, h, w); the teacher gets no gradient.
+        max_gain: a channel of the student is stretched by this at most.
 
     Returns:
         scalar: half the mean squared difference of the standardised maps, which is 1 minus the
         mean of the channels' Pearson correlations.
     """
-    return F.mse_loss(standardize(student), standardize(as_target(teacher, student))) / 2
+    ours = standardize(student, max_gain)
+    return F.mse_loss(ours, standardize(as_target(teacher, student))) / 2
 
 
 @DISTILLER_REGISTRY.register()
@@ -95,7 +99,9 @@ class PKD(Distiller):
         self, student: StudentView, teacher: TeacherView, targets: List[Instances]
     ) -> Dict[str, Tensor]:
         losses = [
-            pearson_imitation(adapter(student.features[ours.name]), teacher.features[theirs.name])
+            pearson_imitation(
+                adapter(student.features[ours.name]), teacher.features[theirs.name], MAX_GAIN
+            )
             for adapter, (ours, theirs) in zip(self.adapters, self.levels)
         ]
         return {"feature": torch.stack(losses)}

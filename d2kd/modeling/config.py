@@ -107,12 +107,8 @@ NODES: Dict[str, Keys] = {
     "BASIC_RESNET": BASIC_RESNET_KEYS,
 }
 _BOX_REG_WEIGHTS = Key((1.0,) * 4, "Scale of (dx, dy, dw, dh)", length=4, above=0)
-_BOX_REGRESSION: Keys = {
-    "BBOX_REG_WEIGHTS": replace(_BOX_REG_WEIGHTS, length=(4, 5)),  # 5 of rotated boxes
-    "BBOX_REG_LOSS_TYPE": Key(
-        "smooth_l1", "The box loss", choices=("smooth_l1", "giou", "diou", "ciou")
-    ),
-}
+_OR_ROTATED = replace(_BOX_REG_WEIGHTS, length=(4, 5))
+_BOX_REG_LOSS_TYPE = Key("smooth_l1", "The box loss", choices=("smooth_l1", "giou", "diou", "ciou"))
 # All keys below MODEL that d2kd adds, and of Detectron2's own those that it would not refuse before
 # the first image
 MODEL_KEYS: Keys = {
@@ -126,8 +122,8 @@ MODEL_KEYS: Keys = {
     "RETINANET": {
         "NUM_CLASSES": _NUM_CLASSES,
         "NUM_CONVS": Key(4, "Blocks in each of the two towers", low=0, high=64),
-        **_BOX_REGRESSION,
         "BBOX_REG_WEIGHTS": _BOX_REG_WEIGHTS,
+        "BBOX_REG_LOSS_TYPE": _BOX_REG_LOSS_TYPE,
     },
     "RPN": {
         "BATCH_SIZE_PER_IMAGE": Key(256, "Anchors per image that are trained on", low=1),
@@ -135,14 +131,16 @@ MODEL_KEYS: Keys = {
         "PRE_NMS_TOPK_TEST": Key(6000, "The same in evaluation", low=1),
         "POST_NMS_TOPK_TRAIN": Key(2000, "Proposals of an image after NMS, at most", low=1),
         "POST_NMS_TOPK_TEST": Key(1000, "The same in evaluation", low=1),
-        **_BOX_REGRESSION,
+        "BBOX_REG_WEIGHTS": _OR_ROTATED,
+        "BBOX_REG_LOSS_TYPE": _BOX_REG_LOSS_TYPE,
     },
     "ROI_HEADS": {
         "NUM_CLASSES": _NUM_CLASSES,
         "BATCH_SIZE_PER_IMAGE": Key(512, "Regions per image to train on", low=1),
     },
     "ROI_BOX_HEAD": {
-        **_BOX_REGRESSION,
+        "BBOX_REG_WEIGHTS": replace(_OR_ROTATED, default=(10.0, 10.0, 5.0, 5.0)),
+        "BBOX_REG_LOSS_TYPE": _BOX_REG_LOSS_TYPE,
         "POOLER_RESOLUTION": Key(14, "Height and width of a region's features", low=1, high=256),
         "NUM_CONV": Key(0, "Convolutions of the box head", low=0, high=64),
         "CONV_DIM": Key(256, "Their channels", low=1, high=16384),

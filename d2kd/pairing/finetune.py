@@ -12,11 +12,11 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import newest_checkpoint
 from d2kd.command import train_command
 from d2kd.config import class_heads, read_config
-from d2kd.distillation.detectors import build_on_meta
+from d2kd.distillation.detectors import teacher_on_meta
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
 from d2kd.model_zoo import FINAL_WEIGHTS
-from d2kd.one_line import exit_status
+from d2kd.one_line import exit_status, handled
 from d2kd.views import build_family
 
 from .pair import Pair
@@ -67,7 +67,7 @@ def finetuned(pair: Pair) -> Pair:
         )
     opts = [x for head in _heads(pair.cfg, count) for x in (f"MODEL.{head}.NUM_CLASSES", count)]
     return pair._replace(
-        teacher_family=build_family(build_on_meta(pair.cfg, opts).detector),
+        teacher_family=build_family(teacher_on_meta(pair.cfg, opts).detector),
         teacher_classes=pair.student_classes,
     )
 
@@ -87,13 +87,11 @@ def train_teacher(recipe: str, options: Sequence[str]) -> None:
     """
     resume = ["--resume"] if newest_checkpoint(os.path.dirname(recipe)) else []
     process = subprocess.Popen([*train_command(), "--config-file", recipe, *resume, *options])
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # Ctrl-C is for the process, too: it saves what it has
-        status = process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with handled(lambda number, frame: process.terminate(), [signal.SIGTERM]):
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # Ctrl-C is for the process, too: it saves what it has
+            status = process.wait()
     if status:
         sys.exit(exit_status(-status) if status < 0 else status)
 

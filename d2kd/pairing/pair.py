@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
 from d2kd.data.classes import class_names_of, plain_name
-from d2kd.distillation.detectors import build_on_meta, student_family
+from d2kd.distillation.detectors import student_on_meta, teacher_on_meta
 from d2kd.engine.runs import detectron2_run, open_run
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
@@ -48,7 +48,7 @@ class Pair(NamedTuple):
     teacher: str  # the teacher's
     weights: str  # the teacher's; may be ""
     cfg: CfgNode  # of the student, with DISTILL.TEACHER
-    student_family: Family  # of shapes alone, without numbers
+    student_family: Family  # on the meta device, without numbers
     teacher_family: Family
     student_classes: Classes
     teacher_classes: Classes
@@ -90,9 +90,9 @@ def open_pair(student: str, teacher: str, opts: Sequence[str] = ()) -> Pair:
     named = {"CONFIG": config, "WEIGHTS": weights, "OPTS": [], "PRECISION": ""}
     words = [word for k, v in named.items() for word in (f"DISTILL.TEACHER.{k}", v)]
     cfg = read_config(base, ["DISTILL.METHODS", [], *words, *opts])
-    source = build_on_meta(cfg)
+    source = teacher_on_meta(cfg)
     weights = weights or cfg.DISTILL.TEACHER.WEIGHTS or source.weights
-    ours, theirs = student_family(cfg), build_family(source.detector)
+    ours, theirs = build_family(student_on_meta(cfg)), build_family(source.detector)
     in_data = class_names_of(cfg.DATASETS.TRAIN)
     learned = len(in_data) or None  # by a student that does not say
     return Pair(

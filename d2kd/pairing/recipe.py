@@ -8,11 +8,12 @@ from typing import Any, Dict, List, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode
 
-from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, checkpoint_names, written_whole
+from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, checkpoint_names
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import plain_yaml, read_value
 from d2kd.schema import get_value
+from d2kd.writing import written_whole
 
 from .pair import Pair
 

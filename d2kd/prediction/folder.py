@@ -13,9 +13,9 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
-from d2kd.checkpoint import cannot_write, written_whole
 from d2kd.errors import UserError
 from d2kd.labels import as_label
+from d2kd.writing import cannot_write, written_whole
 
 from .predictor import Predictor
 

@@ -10,14 +10,12 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import BEST_WEIGHTS, EMA_WEIGHTS, checkpoint_names
 from d2kd.data.described import register_described
 from d2kd.engine.metrics import read_metrics
-from d2kd.engine.progress import split_time
+from d2kd.engine.progress import TIMED_PARTS, split_time
 from d2kd.engine.results import PER_CLASS, best_of, history_of
 from d2kd.engine.runs import TrainedRun
 from d2kd.engine.scaling import scale_to_processes
 from d2kd.engine.versions import recorded_versions
 
-# What is timed of a step, as it is called in the metrics
-_TIMED = ("data", "teacher", "distillation")
 # Tasks of Detectron2's evaluators, in the order in which they are told
 _TASKS = ("bbox", "segm", "keypoints")
 
@@ -98,7 +96,7 @@ class RunFacts:
 
     def seconds(self) -> Dict[str, float]:
         """Median seconds of a step, "total" and by part; empty if it was not timed."""
-        medians = {part: self._median(f"{part}_time") for part in _TIMED}
+        medians = {part: self._median(f"{part}_time") for part in TIMED_PARTS}
         total = self._median("time")
         return {"total": total, **split_time(total, medians)} if total else {}
 

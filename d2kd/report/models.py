@@ -8,11 +8,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
-from torch import nn
 
 from d2kd.data.check import check_dataset_names
+from d2kd.data.sets import LOADING_ERRORS
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.errors import UserError
+from d2kd.prediction import Predictor
 
 from .facts import RunFacts
 
@@ -55,7 +56,7 @@ def shown_images(cfg: CfgNode, number: int) -> Shown:
     name = cfg.DATASETS.TEST[0]
     try:
         dicts = DatasetCatalog.get(name)
-    except (OSError, AssertionError, KeyError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"the images of {name} cannot be had: {error}") from error
     with_objects = [d for d in dicts if d.get("annotations")]
     return Shown(with_objects[:number], MetadataCatalog.get(name))
@@ -73,23 +74,13 @@ def with_objects(cfg: CfgNode, dicts: List[dict]) -> List[dict]:
     return [_mapped(mapper, d) for d in dicts]
 
 
-def detections(detector: nn.Module, cfg: CfgNode, dicts: List[dict], flip: bool) -> List[Instances]:
-    """
-    Args:
-        detector: in eval mode.
-        cfg: the student's, for size and channel order.
-        dicts: images.
-        flip: whether the detector wants the other channel order.
+def detections(predictor: Predictor, dicts: List[dict]) -> List[Instances]:
+    """What a detector finds on images.
 
     Raises:
         UserError: if an image cannot be read.
     """
-    mapper = DatasetMapper(cfg, is_train=False)
-    inputs = [_mapped(mapper, d) for d in dicts]
-    if flip:
-        inputs = [{**x, "image": x["image"].flip(0)} for x in inputs]
-    with torch.no_grad():
-        return [detector([x])[0]["instances"].to("cpu") for x in inputs]
+    return [predictor(predictor.read(d["file_name"])) for d in dicts]
 
 
 def _mapped(mapper: DatasetMapper, entry: dict) -> dict:

@@ -6,14 +6,15 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 import jinja2
 
 import d2kd
-from d2kd.checkpoint import written_whole
 from d2kd.distillation import TeacherStudent, fill_from_run
-from d2kd.distillation.detectors import million_parameters
+from d2kd.distillation.detectors import million_parameters, student_on_meta
 from d2kd.distillation.pair_report import LOSS_HEADERS, PAIR_HEADERS, loss_rows, pair_rows
 from d2kd.engine.results import METRICS
 from d2kd.engine.runs import TrainedRun
 from d2kd.errors import UserError
-from d2kd.views import build_family
+from d2kd.prediction import Predictor
+from d2kd.views import any_family
+from d2kd.writing import written_whole
 
 from .facts import RunFacts, facts_of
 from .figures import ap_curves, class_bars, loss_curves
@@ -177,14 +178,14 @@ def _detections(facts: Sequence[RunFacts], pairs: Sequence[Pair]) -> Grid:
     found, num_classes = {}, 0
     for f in facts:
         student = f.run.student()
-        num_classes = build_family(student).num_classes
+        num_classes = any_family(student).num_classes
         if num_classes is None:  # as many as there are names to draw
             num_classes = len(shown.metadata.get("thing_classes", ()))
-        found[f.name] = detections(student, f.cfg, shown.dicts, flip=False)
+        found[f.name] = detections(Predictor(student, f.cfg), shown.dicts)
     for name, pair in _teachers(pairs).items():
-        teacher, cfg = pair.model.teacher, pair.facts.cfg
-        flip = teacher.input_format != cfg.INPUT.FORMAT
-        found[name] = detections(teacher.detector, cfg, shown.dicts, flip)
+        teacher, teacher_cfg = pair.model.teacher, pair.facts.cfg.clone()
+        teacher_cfg.INPUT.FORMAT = teacher.input_format
+        found[name] = detections(Predictor(teacher.detector, teacher_cfg), shown.dicts)
     return side_by_side(shown, found, num_classes)
 
 
@@ -235,7 +236,7 @@ def _cost_row(facts: RunFacts, model: Optional[TeacherStudent]) -> List[str]:
     parts = ("total", "data", "student", "teacher", "distillation")
     return [
         facts.name,
-        f"{million_parameters(facts.run.student('cpu')):.2f}",
+        f"{million_parameters(student_on_meta(facts.cfg)):.2f}",
         f"{million_parameters(model.teacher.detector):.2f}" if model else "",
         *(_number(seconds.get(part), 3) for part in parts),
         _number(memory, 0),

@@ -1,6 +1,6 @@
 """Reading a detector on a batch: what can be read, observing it, and families of detectors."""
 
-from .families import FAMILY_REGISTRY, Family, Level, build_family, find_family
+from .families import FAMILY_REGISTRY, Family, Level, any_family, build_family, find_family
 from .pairs import LevelPair, channels_of, paired_levels, paired_stages
 from .reads import (
     Assignment,
@@ -40,6 +40,7 @@ __all__ = [
     "TeacherView",
     "Tower",
     "View",
+    "any_family",
     "build_family",
     "channels_of",
     "find_family",

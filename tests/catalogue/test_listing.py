@@ -10,11 +10,11 @@ from d2kd.catalogue.keys import all_keys, what_it_may_be
 from d2kd.catalogue.known_numbers import measured_costs
 from d2kd.catalogue.listing import KINDS
 from d2kd.cli.main import main
-from d2kd.config import read_config
+from d2kd.config import default_config, read_config
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import find_config
-from d2kd.schema import Key
+from d2kd.schema import Key, get_value
 
 METHODS = [name for name, _ in DISTILLER_REGISTRY]
 
@@ -111,6 +111,13 @@ def test_what_is_said_of_keys():
     assert "DISTILL.FRS.FEATURE" in explain("DISTILL.FRS")
     with pytest.raises(UserError, match="did you mean 'DISTILL.FRS.CLS.WEIGHT'"):
         explain("DISTILL.FRS.CLS.WEIGTH")
+
+
+def test_declared_defaults_are_those_of_the_config():
+    """Also of Detectron2's keys, which d2kd declares to refuse their wrong values."""
+    cfg = default_config()
+    in_config = {name: get_value(cfg, name) for name in all_keys()}
+    assert in_config == {name: key.default for name, key in all_keys().items()}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from d2kd.config import default_config
-from d2kd.data.check import load_training_dicts, num_classes_of
+from d2kd.data.check import load_training_dicts
+from d2kd.data.classes import num_classes_of
 from d2kd.data.sets import findings_in_file
 from d2kd.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 from detectron2.utils.events import EventStorage
 
 from d2kd.cli.main import train as main
-from d2kd.engine.logs import ConsoleFormatter, ForPeople, PlainFormatter, colours_wanted
+from d2kd.engine.logs import ConsoleFilter, ConsoleFormatter, PlainFormatter, colours_wanted
 from d2kd.engine.progress import ProgressPrinter, split_time
 from d2kd.engine.results import best_of, evaluated, history_of
 from d2kd.engine.versions import commit_of, recorded_versions
@@ -48,7 +48,7 @@ def record(name, level=logging.INFO, message="words", created=100.0):
 
 
 def test_what_the_console_shows():
-    passes = ForPeople().filter
+    passes = ConsoleFilter().filter
     assert passes(record("d2kd.engine.trainer"))
     assert not passes(record("detectron2.data.build"))
     assert passes(record("fvcore.common.checkpoint", logging.WARNING))
@@ -56,7 +56,7 @@ def test_what_the_console_shows():
 
 
 def test_progress_of_an_evaluation_is_shown_now_and_then():
-    passes = ForPeople().filter
+    passes = ConsoleFilter().filter
     times = (100, 105, 129, 131)
     shown = [
         passes(record("detectron2.evaluation.evaluator", message="Inference done 9/99", created=t))

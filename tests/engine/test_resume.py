@@ -10,12 +10,12 @@ from detectron2.utils import comm
 from runs import assert_same_run, run_config, train
 
 from d2kd.checkpoint import newest_checkpoint, write_student_yaml
-from d2kd.checkpoint.saving import written_whole
 from d2kd.cli.main import train as main
 from d2kd.engine import DistillTrainer
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import differences, refuse_changed, write_run_config
 from d2kd.errors import UserError
+from d2kd.writing import written_whole
 
 
 @pytest.fixture(scope="module")

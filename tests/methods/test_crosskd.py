@@ -51,6 +51,10 @@ def test_quality_focal_loss_equals_the_original():
     assert torch.allclose(loss, array("kdqfl/loss_w_avg3"), **TIGHT)
     loss.backward()
     assert torch.allclose(logits.grad, array("kdqfl/grad_pred_w_avg3"), **TIGHT)
+    loss = quality_focal_kd(logits, teacher)
+    assert torch.allclose(loss.mean(), array("kdqfl/loss_noweight_mean"), **TIGHT)
+    of_fcos = 0.4 * loss.sum() / (2.5 + EPS)
+    assert torch.allclose(of_fcos, array("kdqfl/loss_noweight_avg2p5_lw0p4"), **TIGHT)
 
 
 def test_localization_loss_equals_the_original():

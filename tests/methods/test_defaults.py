@@ -72,6 +72,14 @@ def test_the_report_says_whose_values_they_are(tmp_path, caplog, student, opts, 
     assert said in caplog.text
 
 
+@pytest.mark.parametrize("method, said", [("HGD", True), ("DeFeat", True), ("FRS", False)])
+def test_the_report_says_what_one_should_know_before_quoting(tmp_path, caplog, method, said):
+    caveat = DISTILLER_REGISTRY.get(method).caveat
+    with caplog.at_level("INFO"):
+        build_model(distill_config(tmp_path, "RetinaNet", methods=(method,)))
+    assert bool(caveat) == said and (f"\n{method}: {caveat}" in caplog.text) == said
+
+
 @pytest.mark.parametrize("base, weight", [(RetinaNet, 2.0), (nn.Module, 6.0)])
 def test_a_class_of_ones_own_has_the_defaults_of_what_it_is_derived_from(base, weight):
     META_ARCH_REGISTRY.register(type("OfOnesOwn", (base,), {}))

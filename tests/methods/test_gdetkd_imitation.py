@@ -20,6 +20,7 @@ from gdetkd_cases import (
 )
 from toys import STUDENTS, batch, gradients, step
 
+from d2kd.layers import as_float
 from d2kd.methods.gdetkd.imitation import (
     AssignedImitation,
     MaskedImitation,
@@ -148,7 +149,8 @@ def test_assigned_level_is_that_of_the_students_own_box_head(tmp_path):
     sgfi, student, teacher = imitation_and_views(model, ((96, 128), (80, 100)))
     assert [level.name for level in sgfi.levels] == ["p2", "p3", "p4", "p5"]
     regions = student.proposals(Proposals())
-    pooled = sgfi.pool(sgfi.pooler, student, sgfi.levels, regions)
+    maps = [as_float(student.features[level.name]) for level in sgfi.levels]
+    pooled = sgfi.pooler(maps, regions.boxes)
     assert torch.allclose(pooled, pooled_by_the_student(student, regions))
     loss, numbers = sgfi(student, teacher, regions)
     target = teacher.regions(regions, POOLED).pooled

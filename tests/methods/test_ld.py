@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from crosskd_cases import array
 from toys import batch, distill_config, step
 
 from d2kd.distillation import build_model
@@ -42,6 +43,16 @@ def test_equals_a_naive_loop(num_anchors, temperature):
     loss = localization_distillation(x, z, weight, num_anchors, temperature)
     expected = naive_loss(x, z, weight, num_anchors, temperature)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_equals_the_original_at_its_own_values():
+    """T = 10, the mean over bins, weight 0.25, of the 4 sides of two locations of one image."""
+    x, z = (
+        array(f"ldkl/{side}_logits").reshape(2, 68).t().reshape(1, 68, 1, 2)
+        for side in ("pred", "teacher")
+    )
+    loss = localization_distillation(x, z, torch.ones(1, 2), 1, 10.0) / 2  # theirs: mean over all
+    assert torch.allclose(0.25 * loss, array("ldkl/loss_T10_mean_lw0p25_noavg"), rtol=1e-9)
 
 
 def test_of_one_anchor_is_as_computed_by_hand():

@@ -1,11 +1,14 @@
 """PKD: its loss by value and gradient, and its adapters."""
 
+import math
+
 import pytest
 import torch
 from crosskd_cases import array
 from toys import batch, distill_config, step
 
 from d2kd.distillation import build_model
+from d2kd.layers import MAX_GAIN
 from d2kd.methods.pkd import pearson_imitation, standardize
 
 
@@ -40,6 +43,17 @@ def test_gradient(shape):
 
 def test_a_constant_channel_is_zero():
     assert standardize(torch.full((2, 3, 4, 4), 5.0)).abs().max() == 0
+
+
+def test_the_gradient_of_an_almost_constant_channel_is_bounded():
+    dead = torch.full((2, 64, 16, 16), 3.0) + 1e-6 * torch.randn(2, 64, 16, 16)
+    dead.requires_grad_()
+    live = torch.randn(dead.shape)
+
+    def norm_of(max_gain):
+        return torch.autograd.grad(pearson_imitation(dead, live, max_gain), dead)[0].norm()
+
+    assert norm_of(MAX_GAIN) < 10 < 100 < norm_of(math.inf)
 
 
 def test_an_adapter_is_trained_where_the_widths_differ(tmp_path):

@@ -28,9 +28,9 @@ from d2kd.views import (
     Tower,
     build_family,
 )
+from d2kd.views.comparable import ANCHOR_SHAPES, check_same
 from d2kd.views.families import DenseHead, Pixels
 from d2kd.views.families.dense import DenseFamily
-from d2kd.views.pairs import ANCHOR_SHAPES, check_same
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from .distiller import (
 )
 from .returned import check_returned
 from .schedule import TermSchedule, term
-from .unregistered import settle_unregistered, unregistered
+from .unregistered import drop_unregistered, unregistered
 
 __all__ = [
     "DISTILLER_REGISTRY",
@@ -27,7 +27,7 @@ __all__ = [
     "loss_name",
     "matching_adapters",
     "scalar_name",
-    "settle_unregistered",
+    "drop_unregistered",
     "term",
     "unregistered",
 ]

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from d2kd.errors import UserError
 from d2kd.layers import (
     as_float,
-    as_target,
+    box_distribution_kl,
     flatten_scalars,
     highest_logits,
     iou_log_loss,
-    kl_divergence,
     paired_iou,
+    quality_focal_kd,
 )
 from d2kd.schema import Key
 from d2kd.views import (
@@ -31,7 +31,7 @@ from d2kd.views import (
     TeacherView,
     View,
 )
-from d2kd.views.pairs import (
+from d2kd.views.comparable import (
     ANCHOR_SHAPES,
     ANCHORS,
     BINS,
@@ -45,9 +45,6 @@ from .distiller import Defaults, Distiller
 from .schedule import term
 
 EPS = torch.finfo(torch.float32).eps
-# Gradients of smaller size count as none: a CPU takes several times as long for a convolution of
-# denormal numbers, which they turn into
-_NO_GRADIENT = 1e-30
 
 # The prediction that each term compares
 OUTPUTS = {"cls": "logits", "bbox": "deltas", "centerness": "centerness"}
@@ -62,45 +59,6 @@ BOX_LOSS_OF = {"deltas": "giou", "distances": "iou", "distribution": "kl"}
 # What has to be the same of two heads
 FACTS = (BOX_FORM, LEVELS, CLASSES, ANCHORS, ANCHOR_SHAPES, BINS)
 IOU_LOSSES = {"iou": lambda iou, giou: iou_log_loss(iou), "giou": lambda iou, giou: 1 - giou}
-
-
-class _QualityFocal(torch.autograd.Function):
-    """Computes the gradient along with the loss. These maps are the largest of the whole step: at
-    the peak there are three of them, with torch's own operations eight, which take 1.3 times as
-    long (a map of (2, 720, 64, 64) on a CPU)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, z: Tensor, beta: float) -> Tensor:
-        p, q = x.sigmoid(), z.sigmoid()
-        bce = F.softplus(x, threshold=50).addcmul_(x, q, value=-1)
-        error = q.neg_().add_(p)
-        # loss = |e|^(β-1) |e BCE|, its gradient |e|^(β-1) sign(e) (β p (1-p) BCE + e²)
-        gradient = p.addcmul_(p, p, value=-1).mul_(bce).mul_(beta).addcmul_(error, error)
-        loss = bce.mul_(error).abs_()
-        if beta != 1:
-            factor = error.abs().pow_(beta - 1)
-            gradient, loss = gradient.mul_(factor), loss.mul_(factor)
-        ctx.save_for_backward(F.threshold_(gradient, _NO_GRADIENT, 0.0).mul_(error.sign_()))
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        return ctx.saved_tensors[0] * grad, None, None
-
-
-def quality_focal_kd(logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
-    """Quality focal loss towards the teacher's probabilities: |σ(x) - q|^β · BCE(x, q), q = σ(z).
-
-    Args:
-        logits: x, (M, K) or any other shape.
-        teacher_logits: z, same shape; gets no gradient.
-        beta: how fast good predictions lose weight, >= 1.
-
-    Returns:
-        the loss of every element, same shape.
-    """
-    return _QualityFocal.apply(as_float(logits), as_target(teacher_logits, logits), beta)
 
 
 def _of_anchors(levels: Sequence[Tensor]) -> Tensor:
@@ -270,12 +228,9 @@ class DenseKD(Distiller):
         if self.box_loss_name != "kl":
             iou, giou = paired_iou(decoder.decode(deltas), teacher.decode(targets))
             return IOU_LOSSES[self.box_loss_name](iou, giou)
-        sides = (self.num_anchors, 4, -1)
         return _of_anchors(
             [
-                kl_divergence(
-                    x.unflatten(1, sides), z.unflatten(1, sides), self.temperature, dim=3
-                ).mean(dim=2)
+                box_distribution_kl(x, z, self.num_anchors, self.temperature)
                 for x, z in zip(deltas, targets)
             ]
         )

@@ -14,7 +14,6 @@ from typing import (
     Tuple,
 )
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
@@ -88,6 +87,7 @@ class Distiller(nn.Module):
         keys: of the node ``DISTILL.<NAME>``: for every term, under its name in capitals, what
             :func:`~d2kd.methods.core.schedule.term` gives, and the method's own knobs.
         defaults_of: what keys default to instead, by the student's ``MODEL.META_ARCHITECTURE``.
+        caveat: what one should know who quotes numbers of the method, for the log and the report.
         terms: the terms of this run, those whose weight is not 0.
         num_levels: how many FPN levels the per-level terms have; 0 if there are none. Override
             :meth:`levels_of` if only some terms are per level.
@@ -96,12 +96,13 @@ class Distiller(nn.Module):
 
     keys: Keys = {}
     defaults_of: Mapping[str, Defaults] = {}
+    caveat = ""
 
     def __init__(self, terms: Iterable[str], num_levels: int = 0):
         super().__init__()
         self.terms: FrozenSet[str] = frozenset(terms)
         self.num_levels = num_levels
-        self.random = RandomStream(seed=int(torch.randint(2**31, (1,), device="cpu")))
+        self.random = RandomStream()
         self._wanted = self.terms
 
     @classmethod

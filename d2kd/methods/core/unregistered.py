@@ -9,7 +9,7 @@ from d2kd.errors import UserError, nearest
 from .distiller import DISTILLER_REGISTRY
 
 
-def settle_unregistered(distill: Any, keys: Mapping[str, Any], path: str) -> None:
+def drop_unregistered(distill: Any, keys: Mapping[str, Any], path: str) -> None:
     """Takes the nodes of methods that are not registered out of what a run has written, where the
     run does not use them: versions until 0.3.0 wrote down those of all methods.
 

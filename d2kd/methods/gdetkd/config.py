@@ -52,8 +52,8 @@ KEYS = {
     ),
     "PRE_ACTIVATION": Key(
         False,
-        "Contrast what the last shared layer gives before its ReLU ([R]), or after it, as the "
-        "predictor reads it (ours). A dense student's is the last block of its class tower",
+        "Contrast what the last shared layer gives before its ReLU (ours), or after it, as the "
+        "predictor reads it ([R]). A dense student's is the last block of its class tower",
     ),
     "PROJ_DIM": Key(
         128,

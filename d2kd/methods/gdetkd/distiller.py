@@ -4,7 +4,7 @@ Semantic-guided Feature Imitation (Yao et al., ICCV 2021, https://arxiv.org/abs/
 A two-stage teacher and a student of any kind are compared region by region: features (SGFI), the
 relations of regions (CKD) and, between two-stage detectors, classes and boxes. There is no released
 code, and the paper's text could not be compared: the formulas follow a published reading note, the
-numbers that it lacks a re-implementation that reproduces the paper's gain. The help of every
+numbers that it lacks a re-implementation that is said to reproduce the gain. The help of every
 config key says where its default is from. Formulas: docs/methods/gdetkd.md.
 
 Shapes: R regions, K classes, L student levels.

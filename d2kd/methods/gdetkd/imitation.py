@@ -93,12 +93,6 @@ class _RegionImitation(nn.Module):
         self.resolution = resolution
         self.adapter = nn.Conv2d(levels[0].channels, channels, 1)
 
-    def pool(
-        self, pooler: nn.Module, view: View, levels: Sequence[Level], regions: RegionSet
-    ) -> Tensor:
-        """(R, channels, r, r) of a view's levels."""
-        return pooler(_maps(view, levels), regions.boxes)
-
 
 class AssignedImitation(_RegionImitation):
     """The level of a region's size on both sides; the student's levels have consecutive strides."""
@@ -114,7 +108,7 @@ class AssignedImitation(_RegionImitation):
         Returns:
             mean squared difference, a scalar, 0 without regions; and nothing to log.
         """
-        ours = self.adapter(self.pool(self.pooler, student, self.levels, regions))
+        ours = self.adapter(self.pooler(_maps(student, self.levels), regions.boxes))
         theirs = teacher.regions(regions, _POOLED).pooled
         return regions.mean(squared_errors(ours, theirs)), nothing_to_log
 
@@ -271,7 +265,8 @@ class TeacherSoftImitation(SoftImitation):
     def sides(
         self, student: StudentView, teacher: TeacherView, regions: RegionSet
     ) -> Tuple[View, Tensor]:
-        return teacher, self.adapter(self.pool(self.pooler, student, self.levels, regions))
+        ours = self.pooler(_maps(student, self.levels), regions.boxes)
+        return teacher, self.adapter(ours)
 
     def keys(self, pooled: Tensor) -> Tensor:
         return self.embed(pooled).flatten(1)

@@ -57,6 +57,8 @@ class HGD(Distiller):
     """HGD-style imitation of all stages, our reading of the abstract. With every power 0 and no
     norm, FitNets on all stages."""
 
+    caveat = "our reading of the paper's abstract; what comes of it is no reproduction"
+
     keys = {
         "FEATURE": term(
             1.0,

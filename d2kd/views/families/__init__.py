@@ -5,7 +5,7 @@ from . import dense, two_stage
 from .assignment import AnchorTargets
 from .box_head import BoxHead
 from .dense_head import BRANCHES, DenseHead, DensePredictions, TowerHead
-from .family import FAMILY_REGISTRY, Family, Level, Pixels, build_family, find_family
+from .family import FAMILY_REGISTRY, Family, Level, Pixels, any_family, build_family, find_family
 from .transfer import copy_weights
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Level",
     "Pixels",
     "TowerHead",
+    "any_family",
     "build_family",
     "copy_weights",
     "dense",

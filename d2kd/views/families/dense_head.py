@@ -40,10 +40,6 @@ class DenseHead:
         weights = getattr(box_coding, "weights", None)
         self.box_coding = type(box_coding).__name__ + (f" {tuple(weights)}" if weights else "")
 
-    def run(self, features: List[Tensor]) -> None:
-        """The head's own forward on a list of levels."""
-        self.module(features)
-
     def predictions(self, outputs: Sequence[List[Tensor]]) -> DensePredictions:
         """Names what the head's forward returned."""
         return DensePredictions(*outputs)

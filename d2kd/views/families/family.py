@@ -315,6 +315,12 @@ def find_family(detector: nn.Module) -> Optional[Family]:
     return found and found(detector)
 
 
+def any_family(detector: nn.Module) -> Family:
+    """The family of a detector, or for one without, what every detector has: its backbone, pixels
+    and name, though nothing of it can be distilled."""
+    return find_family(detector) or Family(detector)
+
+
 def build_family(detector: nn.Module) -> Family:
     """The family of a detector that has one.
 
