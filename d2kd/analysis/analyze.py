@@ -17,7 +17,9 @@ from d2kd.engine.preflight import refuse_no_evaluation
 from d2kd.engine.runs import TrainedRun
 from d2kd.errors import UserError
 from d2kd.model_zoo import FINAL_WEIGHTS
+from d2kd.pairing.pair import classes_of
 from d2kd.prediction import Predictor, images_at_hand
+from d2kd.views import any_family
 
 from .measure import Latency, Size, device_name, latencies, size_of
 
@@ -41,6 +43,7 @@ class _Contender(NamedTuple):
     detector: nn.Module
     cfg: CfgNode
     ap: Optional[float]
+    has_classes: bool = True  # those of the data
 
 
 class Analysis(NamedTuple):
@@ -48,6 +51,7 @@ class Analysis(NamedTuple):
 
     rows: List[Row]
     gap_closed: Optional[float]
+    not_evaluated: List[str]  # labels of detectors of other classes than the data's
     device: str
     repeats: int
     input_size: Tuple[int, int]  # (height, width) of the image that was timed, as detectors get it
@@ -81,6 +85,8 @@ class Analysis(NamedTuple):
             f"\n\nLatency: one image of {height} x {width}, {self.repeats} passes, {self.device}. "
             "GFLOPs: multiply-adds."
         )
+        for label in self.not_evaluated:
+            text += f"\nThe {label} was not evaluated: its classes are not those of the data."
         if self.gap_closed is not None:
             text += (
                 f"\nOf the gap between plain student and teacher, {self.gap_closed:.0%} is closed."
@@ -125,7 +131,9 @@ def analyze(
         if not cfg.DATASETS.TEST:
             raise UserError("--evaluate: DATASETS.TEST of the run is empty: it is not evaluated")
         refuse_no_evaluation(cfg)
-        contenders = [x._replace(ap=evaluated_ap(x) if x.ap is None else x.ap) for x in contenders]
+        wanted = [x.ap is None and x.has_classes for x in contenders]
+        aps = [evaluated_ap(x) if w else x.ap for x, w in zip(contenders, wanted)]
+        contenders = [x._replace(ap=ap) for x, ap in zip(contenders, aps)]
 
     image = images_at_hand(cfg, 1)[0]
     inputs = [_inputs(x, image) for x in contenders]
@@ -134,10 +142,11 @@ def analyze(
         Row(x.label, size_of(x.detector, each), time, x.ap)
         for x, each, time in zip(contenders, inputs, times)
     ]
-    aps = {row.label: row.ap for row in rows}
-    closed = gap_closed(aps.get(_TEACHER), aps.get(_PLAIN), rows[-1].ap)
+    known = {row.label: row.ap for row in rows}
+    closed = gap_closed(known.get(_TEACHER), known.get(_PLAIN), rows[-1].ap)
     size = tuple(inputs[-1]["image"].shape[-2:])
-    return Analysis(rows, closed, device_name(_device(student)), repeats, size)
+    others = [x.label for x in contenders if evaluate and not x.has_classes]
+    return Analysis(rows, closed, others, device_name(_device(student)), repeats, size)
 
 
 def _label(cfg: CfgNode) -> str:
@@ -158,9 +167,10 @@ def _plain(run: TrainedRun, compared: CfgNode, device: str) -> _Contender:
 def _teacher(cfg: CfgNode, student: nn.Module) -> _Contender:
     """On the student's images, in its own channel order."""
     teacher = build_teacher(cfg, student)
+    ours, theirs = classes_of(cfg, any_family(student), teacher.family, teacher.weights)
     cfg = cfg.clone()
     cfg.INPUT.FORMAT = teacher.input_format
-    return _Contender(_TEACHER, teacher.detector, cfg, None)
+    return _Contender(_TEACHER, teacher.detector, cfg, None, ours.same_as(theirs))
 
 
 def _inputs(contender: _Contender, path: str) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from d2kd.distillation import build_model
+from d2kd.distillation import TeacherStudent, build_model
 from d2kd.engine import DistillTrainer
 from d2kd.engine.preflight import refuse_settings
 from d2kd.errors import UserError
@@ -43,9 +43,12 @@ def try_on_noise(cfg: CfgNode, model: nn.Module) -> None:
     DistillTrainer.build_lr_scheduler(cfg, optimizer)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
+    detector = model.student if isinstance(model, TeacherStudent) else model
+    channels = len(getattr(detector, "pixel_mean", cfg.MODEL.PIXEL_MEAN))
     with EventStorage(1):
         for _ in range(2):
-            losses = model(noise(cfg))
+            inputs = noise(cfg, channels)
+            losses = model(inputs)
             for name, loss in losses.items():
                 if not torch.isfinite(loss):
                     raise LossNotFinite(f"{name} is {loss.item()} on images of noise")
@@ -54,7 +57,7 @@ def try_on_noise(cfg: CfgNode, model: nn.Module) -> None:
             optimizer.step()
 
 
-def noise(cfg: CfgNode) -> List[dict]:
+def noise(cfg: CfgNode, channels: int) -> List[dict]:
     """A batch of two small images of noise with an object each, as Detectron2's mapper makes it."""
     inputs = []
     for size in ((64, 96), (80, 64)):
@@ -65,6 +68,6 @@ def noise(cfg: CfgNode) -> List[dict]:
         if cfg.MODEL.KEYPOINT_ON:
             points = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             instances.gt_keypoints = Keypoints(torch.full((1, points, 3), 20.0))
-        image = torch.randint(256, (3, *size), dtype=torch.uint8)
+        image = torch.randint(256, (channels, *size), dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances})
     return inputs

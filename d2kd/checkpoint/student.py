@@ -1,7 +1,7 @@
 """What a run saves: the student as a plain Detectron2 file, and beside it what resuming needs."""
 
 import os
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -42,6 +42,7 @@ class Best(NamedTuple):
     metric: str  # such as bbox/AP
     value: float
     iteration: int  # of the steps, counted from 0, after which it was measured
+    test_sets: List[str] = []  # on which; unknown of files of versions until 0.3.0
 
 
 class StudentCheckpointer(SafeCheckpointer):

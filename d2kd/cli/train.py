@@ -18,7 +18,8 @@ from typing import List
 
 from d2kd.checkpoint import refuse_occupied
 from d2kd.config import read_config
-from d2kd.engine.launch import start
+from d2kd.engine.holding import hold_folder
+from d2kd.engine.launch import processes_of, start
 from d2kd.engine.preflight import refuse_unwritable
 from d2kd.engine.processes import place_by_torchrun
 from d2kd.engine.scaling import scale_to_processes
@@ -26,6 +27,7 @@ from d2kd.errors import UserError
 from d2kd.pairing import Plan
 from d2kd.pairing.estimate import in_words, seconds_of_training
 from d2kd.pairing.finetune import is_finished, train_teacher
+from d2kd.pairing.recipe import RECIPE_YAML
 
 from .arguments import (
     add_data,
@@ -78,17 +80,22 @@ def _use_names(args: argparse.Namespace) -> None:
     if not (args.resume or args.force_resume):
         refuse_occupied(plan.output)
     refuse_unwritable(plan.output)
+    if args.machine_rank == 0:
+        hold_folder(plan.output)
     if plan.teacher:
         _finetune(plan, args)
-    args.config_file, args.opts = plan.write(), []
+    args.config_file, args.opts = plan.write(replace=args.force_resume), []
     print(f"recipe   {args.config_file}", flush=True)
 
 
 def _finetune(plan: Plan, args: argparse.Namespace) -> None:
     """Both steps are shown with their times; the first one is taken."""
-    first = plan.write_teacher()
-    processes = args.num_gpus * args.num_machines
-    for number, what, path in ((1, "the teacher", first), (2, "the student", plan.write())):
+    if is_finished(plan.teacher_folder) and args.force_resume:  # with changes for the student
+        first = os.path.join(plan.teacher_folder, RECIPE_YAML)
+    else:
+        first = plan.write_teacher()
+    second, processes = plan.write(replace=args.force_resume), processes_of(args)
+    for number, what, path in ((1, "the teacher", first), (2, "the student", second)):
         cfg = scale_to_processes(read_config(path), processes)
         if number == 1 and is_finished(plan.teacher_folder):
             print(f"step 1   the teacher is trained already: {plan.teacher_folder}", flush=True)

@@ -7,6 +7,7 @@ B boxes are four finite numbers, (x, y, width, height) in pixels.
 import contextlib
 import functools
 import io
+import numbers
 from collections import Counter
 from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence
 
@@ -230,6 +231,16 @@ def _needed(
         elif masks and not mask:
             text = "has no 'segmentation', which MODEL.MASK_ON needs"
             yield _of("annotation without segmentation", ERROR, path, text, a)
+        elif masks and isinstance(mask, list) and not _are_polygons(mask):
+            text = f"'segmentation' is {mask!r:.60}, expected polygons, [[x1, y1, x2, ...], ...]"
+            yield _of("mask that is none", ERROR, path, text, a)
+        elif masks and isinstance(mask, list) and not any(map(_has_area, mask)):
+            text = f"'segmentation' is {mask!r:.60}, of which none has three points"
+            if evaluated:
+                yield _of("mask that is none", ERROR, path, text, a)
+            else:
+                text += ": Detectron2 trains without this object"
+                yield _of("mask without area", WARNING, path, text, a)
         elif masks == "polygon" and isinstance(mask, dict) and not a.get("iscrowd"):
             text = "'segmentation' is in run lengths: set INPUT.MASK_FORMAT to bitmask"
             yield _of("mask in run lengths", ERROR, path, text, a)
@@ -243,6 +254,21 @@ def _needed(
         if a.get("ignore"):
             text = "has 'ignore', which Detectron2 refuses: remove it, or make it 'iscrowd'"
             yield _of("annotation to be ignored", ERROR, path, text, a)
+
+
+def _are_polygons(mask: Sequence[Any]) -> bool:
+    """Whether each is a list of numbers; of a registered set they may be NumPy's."""
+    return all(
+        isinstance(polygon, (list, tuple, np.ndarray))
+        and all(issubclass(kind, numbers.Real) for kind in set(map(type, polygon)))
+        and all(-_MOST < value < _MOST for value in polygon)
+        for polygon in mask
+    )
+
+
+def _has_area(polygon: Sequence[float]) -> bool:
+    """Whether Detectron2 takes a polygon."""
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
 def _run_lengths(

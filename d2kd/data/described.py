@@ -56,9 +56,10 @@ def resolve_datasets(cfg: CfgNode) -> None:
             if isinstance(entry, Mapping):
                 entry = _described(entry, key)
                 if described.setdefault(entry["name"], entry) != entry:
+                    place = next(entry[k] for k in ("images", "voc", "yolo") if k in entry)
                     raise UserError(
                         f"{key}: the same annotations as those of another entry, with images in "
-                        f"another folder ({entry['images']}): give each set its own annotations"
+                        f"another folder ({place}): give each set its own annotations"
                     )
                 entry = entry["name"]
             if not isinstance(entry, str):

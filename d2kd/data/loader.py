@@ -122,14 +122,13 @@ class ResumableLoader:
             self.sampler, self._order, self.batch_size, self.start_iter, self._wide
         )
         sampler = StreamFrom(self.sampler, self._order, delivered, waiting)
-        batches = iter(
-            build_detection_train_loader(
-                self.dataset, mapper=None, sampler=sampler, **self._options
-            )
+        loader = build_detection_train_loader(
+            self.dataset, mapper=None, sampler=sampler, **self._options
         )
         # Starting a torch DataLoader draws a number. A resumed run restores random states that
         # have been through this already, so only a fresh start may keep the change.
         with torch.random.fork_rng(devices=[], enabled=self.start_iter > 0):
+            batches = iter(loader)
             first = next(batches)
         yield self._checked(first)
         yield from map(self._checked, batches)

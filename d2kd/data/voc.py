@@ -39,20 +39,21 @@ def open_voc(names: str, annotations: str, mtime: int) -> VocSplit:
 
     Args:
         names: the file that names the images of the split.
-        annotations: the folder of all XML files.
+        annotations: the folder of all XML files, which may lie in folders below.
         mtime: of ``names``: it is read once per state of that file.
 
     Raises:
         UserError: if an XML is broken, or none names a class.
     """
     digest, classes = hashlib.sha256(), set()
-    for path in [names, *sorted(glob.glob(os.path.join(glob.escape(annotations), "*.xml")))]:
+    files = glob.glob(os.path.join(glob.escape(annotations), "**", "*.xml"), recursive=True)
+    for path in [names, *sorted(files)]:
         with open(path, "rb") as f:
             content = f.read()
         digest.update(content)
         if path != names:
             root = _parsed(content, path)
-            classes.update(obj.findtext("name") for obj in root.findall("object"))
+            classes.update(map(_name, root.findall("object")))
     if not classes:
         raise UserError(f"{annotations} names no class: give an XML with objects per image")
     return VocSplit(digest.hexdigest(), tuple(sorted(classes)))
@@ -103,7 +104,7 @@ def _image(stem: str) -> str:
 
 
 def _box(obj: ElementTree.Element, classes: Sequence[str], path: str) -> Dict[str, Any]:
-    name = obj.findtext("name")
+    name = _name(obj)
     if name not in classes:
         known = ", ".join(classes)
         raise UserError(
@@ -116,6 +117,11 @@ def _box(obj: ElementTree.Element, classes: Sequence[str], path: str) -> Dict[st
     return {"category_id": classes.index(name), "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
 
 
+def _name(obj: ElementTree.Element) -> str:
+    """The class of an object; some tools break the line inside of it."""
+    return (obj.findtext("name") or "").strip()
+
+
 def _parsed(content: bytes, path: str) -> ElementTree.Element:
     """
     Raises:
@@ -126,12 +132,12 @@ def _parsed(content: bytes, path: str) -> ElementTree.Element:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise UserError(f"{path} is not valid XML ({error}): was it copied completely?") from error
     objects = root.findall("object")
-    if not all(obj.findtext("name") for obj in objects):
+    if not all(map(_name, objects)):
         raise UserError(f"{path} has an object without a name: name its class")
     for side in ("width", "height"):
         _check_number(root.findtext(f"size/{side}"), f"{path}: size/{side}", whole=True)
     for obj in objects:
-        of = f"of '{obj.findtext('name')}'"
+        of = f"of '{_name(obj)}'"
         for corner in _CORNERS:
             _check_number(obj.findtext(f"bndbox/{corner}"), f"{path}: bndbox/{corner} {of}")
     return root

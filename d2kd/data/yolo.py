@@ -74,6 +74,9 @@ def _classes(names: Any, path: str) -> Tuple[str, ...]:
     classes = _in_order(names) if isinstance(names, dict) else names
     if not isinstance(classes, list) or not classes or not all(isinstance(x, str) for x in classes):
         raise UserError(f"{path}: 'names' is {names!r:.60}: give the classes in order, from 0")
+    for name in classes:
+        if classes.count(name) > 1:
+            raise UserError(f"{path}: 'names' has '{name}' twice: rename one")
     return tuple(classes)
 
 

@@ -101,7 +101,8 @@ def declared_outputs(teacher: Teacher, student: Family, reads: Iterable[Read]) -
         reads: all but :class:`~d2kd.views.Proposals`, which are sampled.
     """
     noise = torch.Generator().manual_seed(0)
-    image = torch.randint(256, (3, *_SIZE), generator=noise, dtype=torch.uint8)
+    shape = (len(student.pixels.mean), *_SIZE)
+    image = torch.randint(256, shape, generator=noise, dtype=torch.uint8)
     inputs = [{"image": image}]
     teacher_pass = TeacherPass(teacher, inputs, reads)
     teacher_pass.run_backbone(student.preprocess(inputs).tensor)

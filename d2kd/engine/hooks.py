@@ -5,10 +5,12 @@ import math
 import resource
 import sys
 from functools import partial
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.utils import comm
 from torch import nn
 
 from d2kd.checkpoint import BEST_WEIGHTS, Best, StudentCheckpointer, read_best
@@ -77,12 +79,14 @@ class BestHook(HookBase):
     goes on from an earlier checkpoint, and must not take a worse one for the best.
     """
 
-    def __init__(self, checkpointer: StudentCheckpointer, metric: str):
+    def __init__(self, checkpointer: StudentCheckpointer, metric: str, test_sets: Sequence[str]):
         """
         Args:
             checkpointer: of the run.
             metric: the name of a scalar in the storage, the higher the better.
+            test_sets: ``DATASETS.TEST``, on which it is measured.
         """
+        self._test_sets = list(test_sets)
         self._checkpointer = checkpointer
         self._metric = metric
         self._best: Optional[Best] = None
@@ -95,8 +99,13 @@ class BestHook(HookBase):
                 f"The best student so far was chosen by {best.metric}, RUN.BEST_METRIC is "
                 f"{self._metric}: the next evaluation replaces it"
             )
-            return
-        self._best = best
+        elif best is not None and best.test_sets and best.test_sets != self._test_sets:
+            logger.warning(
+                f"The best student so far was chosen on {', '.join(best.test_sets)}, DATASETS.TEST "
+                f"is {', '.join(self._test_sets)}: the next evaluation replaces it"
+            )
+        else:
+            self._best = best
 
     def after_step(self) -> None:
         self._look()
@@ -113,7 +122,7 @@ class BestHook(HookBase):
             )
             return
         if math.isfinite(value) and (self._best is None or value > self._best.value):
-            best = Best(self._metric, value, iteration)
+            best = Best(self._metric, value, iteration, self._test_sets)
             self._checkpointer.save_best(best)
             self._best = best
             logger.info(f"The best so far: {self._metric} {value:.2f}, kept as {BEST_WEIGHTS}")
@@ -127,6 +136,17 @@ class BestHook(HookBase):
                 f"RUN.BEST_METRIC is '{self._metric}', which evaluations do not measure, so that "
                 f"no best student is kept: {nearest(self._metric, measured)}"
             )
+
+
+def best_hook(cfg: CfgNode, checkpointer: StudentCheckpointer) -> List[HookBase]:
+    """The :class:`BestHook` of a run. None where there is one evaluation only, and so nothing to
+    choose from, and in all processes but the main one."""
+    metric, sets = cfg.RUN.BEST_METRIC, cfg.DATASETS.TEST
+    if not metric or not cfg.TEST.EVAL_PERIOD or not comm.is_main_process():
+        return []
+    if len(sets) > 1 and not metric.startswith(tuple(f"{name}/" for name in sets)):
+        metric = f"{sets[0]}/{metric}"  # as evaluations of several sets log it
+    return [BestHook(checkpointer, metric, sets)]
 
 
 class CostHook(HookBase):

@@ -75,13 +75,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         else:
             _refuse_other_run(cfg, args)
             refuse_unusable(cfg)
-        refuse_processes(cfg, args.num_gpus, _processes(args), training=not args.eval_only)
+        refuse_processes(cfg, args.num_gpus, processes_of(args), training=not args.eval_only)
     cfg.freeze()
     return cfg
 
 
-def _processes(args: argparse.Namespace) -> int:
-    """Of the run; with ``--num-gpus 0``, as for Detectron2, one."""
+def processes_of(args: argparse.Namespace) -> int:
+    """How many processes a run has; with ``--num-gpus 0``, as for Detectron2, one."""
     return max(args.num_gpus * args.num_machines, 1)
 
 
@@ -105,7 +105,7 @@ def _refuse_other_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     saved = newest_checkpoint(cfg.OUTPUT_DIR)
     if saved is None:
         return
-    processes = _processes(args)
+    processes = processes_of(args)
     refuse_short(scale_to_processes(cfg, processes), saved)
     if not args.force_resume:
         refuse_changed(cfg, saved, processes)
@@ -218,7 +218,7 @@ def start(
         raise UserError("--num-machines needs --dist-url tcp://ADDRESS:PORT of the first machine")
     prepare(args)
     cfg = _set_up_and_hold(args)
-    if _processes(args) == 1:
+    if processes_of(args) == 1:
         _run_reporting(args, cfg)
         return
     with passed_on() as received:
@@ -233,6 +233,8 @@ def _set_up_and_hold(args: argparse.Namespace) -> CfgNode:
     cfg = setup(args)
     if not args.eval_only and args.machine_rank == 0:
         hold_folder(cfg.OUTPUT_DIR)
+        with in_words_of(is_lazy(cfg)):  # another process may have trained there in the meantime
+            _refuse_other_run(cfg, args)
     return cfg
 
 
@@ -242,7 +244,7 @@ def _start_by_torchrun(
     """Process 0 sets the run up for all, as the process does that starts others itself."""
     store = store_of_torchrun()
     if place.rank == 0:
-        if _processes(args) > 1:
+        if processes_of(args) > 1:
             raise UserError(
                 f"torchrun has started {place.world_size} processes already: leave out --num-gpus, "
                 "--num-machines and --machine-rank"

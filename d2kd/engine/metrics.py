@@ -1,9 +1,10 @@
 """Metrics of a run that is resumed: as if it had not been interrupted."""
 
+import contextlib
 import json
 import math
 import os
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
@@ -18,6 +19,9 @@ _KEPT = LOG_PERIOD + WINDOW
 
 # What these end with tells of the process, not of the run
 _OF_THE_PROCESS = ("time", "eta_seconds", "max_memory")
+
+# What is logged of a step, also of one that failed
+_OF_A_STEP = ("total_loss", "distill/")
 
 # By name: whether it is smoothed, and its last values with their iterations
 Scalars = Dict[str, Tuple[bool, List[Tuple[float, int]]]]
@@ -56,12 +60,22 @@ def restore_metrics(
     """
     written = last_write(iteration)
     _put(storage, scalars, range(written + 1))
-    for writer in writers:
-        if not isinstance(writer, ProgressPrinter):
-            writer.write()  # remembers how far it came
-    if comm.is_main_process():
-        forget_lines(os.path.join(folder, METRICS_FILE), written)
+    with _left_as_it_is(os.path.join(folder, METRICS_FILE), written):
+        for writer in writers:
+            if not isinstance(writer, ProgressPrinter):
+                writer.write()  # remembers how far it came
     _put(storage, scalars, range(written + 1, iteration + 1))
+
+
+@contextlib.contextmanager
+def _left_as_it_is(path: str, iteration: int) -> Iterator[None]:
+    """What is written inside to a file of metrics goes again; before, lines of later iterations."""
+    if comm.is_main_process():
+        forget_lines(path, iteration)
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    yield
+    if comm.is_main_process() and os.path.isfile(path):
+        os.truncate(path, size)
 
 
 def _put(storage: EventStorage, scalars: Scalars, iterations: range) -> None:
@@ -111,12 +125,17 @@ def read_metrics(folder: str, test_sets: Sequence[str] = ()) -> List[Dict[str, f
     ]
 
 
-def has_lines_from(path: str, iteration: int) -> bool:
-    """Whether a file of metrics has a line of an iteration or a later one."""
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as f:
-        return any(iteration <= _iteration(line) < float("inf") for line in f)
+def has_ended(folder: str, max_iter: int) -> bool:
+    """Whether the metrics of a run tell of the evaluation after its last step."""
+    newest = newest_line(read_metrics(folder))
+    of_a_step = any(name.startswith(_OF_A_STEP) for name in newest)
+    return newest.get("iteration", -1) >= max_iter and not of_a_step
+
+
+def newest_line(lines: Iterable[Dict[str, float]]) -> Dict[str, float]:
+    """The line of the highest iteration, which need not be the last one; of a finished run, that of
+    the evaluation after the last step."""
+    return max(lines, key=lambda line: line["iteration"], default={})
 
 
 def _iteration(line: bytes) -> float:

@@ -57,12 +57,20 @@ def hyperparameters_kept(
     Args:
         optimizer: as it was built.
         schedule: of its learning rate.
+
+    Raises:
+        UserError: if the state is that of an optimizer of another kind.
     """
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     base_lrs = list(schedule.base_lrs)
     yield
     schedule.base_lrs = base_lrs
     for group, built, lr in zip(optimizer.param_groups, groups, schedule.get_lr()):
+        if ("betas" in group) != ("betas" in built):  # AdamW's, which SGD has not
+            raise UserError(
+                "the run that is resumed had an optimizer of another kind (SOLVER.OPTIMIZER): give "
+                "the same, or its checkpoint as MODEL.WEIGHTS and another OUTPUT_DIR"
+            )
         group.update({**built, "lr": lr})
 
 

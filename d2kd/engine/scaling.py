@@ -4,8 +4,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from d2kd.errors import UserError
-from d2kd.schema import leaves, set_value
+from d2kd.schema import get_value, leaves, set_value
 
+# What Detectron2 scales and rounds, if need be to 0
+_PERIODS = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
 # What of a term counts iterations
 _ITERATIONS = (".WARMUP_ITERS", ".START_ITER", ".STOP_ITER")
 
@@ -36,9 +38,11 @@ def scale_to_processes(cfg: CfgNode, count: int) -> CfgNode:
     factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / count
     frozen = scaled.is_frozen()
     scaled.defrost()
+    # 0 means never or at once; what is not does not become that
+    for key in _PERIODS:
+        set_value(scaled, key, max(get_value(scaled, key), min(get_value(cfg, key), 1)))
     for key, value in list(leaves(scaled.DISTILL)):
         if key.endswith(_ITERATIONS):
-            # 0 means never or at once; a first or last iteration does not become that
             set_value(scaled.DISTILL, key, max(round(value * factor), min(value, 1)))
     if frozen:
         scaled.freeze()

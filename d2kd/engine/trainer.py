@@ -38,6 +38,7 @@ from d2kd.distillation import TeacherStudent, build_model
 from d2kd.errors import UserError, reason
 from d2kd.layers.random import preserve_rng_state
 from d2kd.lazy import is_lazy
+from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.one_line import exit_status
 
 from . import lazy_parts
@@ -46,8 +47,8 @@ from .averaging import EMAHook
 from .evaluators import build_evaluator
 from .failures import as_user_error, keep_quiet_of_user_errors
 from .finite import FiniteLosses
-from .hooks import BestHook, CostHook, GradScaleHook, PreciseBN, ScheduleHook
-from .metrics import METRICS_FILE, forget_lines, has_lines_from, restore_metrics
+from .hooks import CostHook, GradScaleHook, PreciseBN, ScheduleHook, best_hook
+from .metrics import METRICS_FILE, forget_lines, has_ended, restore_metrics
 from .optimizer import build_lr_scheduler, build_optimizer, hyperparameters_kept
 from .preflight import refuse_other_classes
 from .processes import broadcast_statistics, wrap_ddp
@@ -142,7 +143,7 @@ class DistillTrainer(DefaultTrainer):
         saving = next(i for i, hook in enumerate(stock) if isinstance(hook, either))
         evaluating = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
         evaluation, *rest = stock[evaluating:]
-        self._hooks_after_saving = [evaluation, *self._best_hook(), *rest]
+        self._hooks_after_saving = [evaluation, *best_hook(self.cfg, self.checkpointer), *rest]
         schedule = [ScheduleHook(model)] if distilled else []
         cost = [CostHook(model, batches), GradScaleHook(self._trainer)]
         before = [*schedule, *cost, *average, *stock[:saving], self._run_state]
@@ -161,15 +162,6 @@ class DistillTrainer(DefaultTrainer):
         if not decay:
             return []
         return [EMAHook(self.student, decay, self._trainer.optimizer, self.checkpointer)]
-
-    def _best_hook(self) -> List[HookBase]:
-        """None where there is one evaluation only, and so nothing to choose from."""
-        metric, sets = self.cfg.RUN.BEST_METRIC, self.cfg.DATASETS.TEST
-        if not metric or not self.cfg.TEST.EVAL_PERIOD or not comm.is_main_process():
-            return []
-        if len(sets) > 1 and not metric.startswith(tuple(f"{name}/" for name in sets)):
-            metric = f"{sets[0]}/{metric}"  # as evaluations of several sets log it
-        return [BestHook(self.checkpointer, metric)]
 
     def build_writers(self) -> List[EventWriter]:
         stock = [w for w in super().build_writers() if not isinstance(w, CommonMetricPrinter)]
@@ -211,8 +203,7 @@ class DistillTrainer(DefaultTrainer):
 
     def is_finished(self) -> bool:
         """Whether the run that is resumed has done all steps and the evaluation after them."""
-        path = os.path.join(self.cfg.OUTPUT_DIR, METRICS_FILE)
-        return self.start_iter >= self.max_iter and has_lines_from(path, self.max_iter)
+        return self.start_iter >= self.max_iter and has_ended(self.cfg.OUTPUT_DIR, self.max_iter)
 
     def train(self) -> OrderedDict:
         keep_quiet_of_user_errors()
@@ -247,8 +238,17 @@ class DistillTrainer(DefaultTrainer):
         writers = getattr(self, "_writers", [])
         restore_metrics(folder, done, self._run_state.scalars, self.storage, writers)
         with self._errors_explained():
+            self._save_final(done)
             for hook in self._hooks_after_saving:
                 hook.after_step()
+
+    def _save_final(self, iteration: int) -> None:
+        """A run whose end was moved to where it is has not been saved as finished."""
+        saved = self.checkpointer.get_checkpoint_file()
+        if self.start_iter >= self.max_iter and os.path.basename(saved) != FINAL_WEIGHTS:
+            self._run_state.gather()
+            name, _ = os.path.splitext(FINAL_WEIGHTS)
+            self.checkpointer.save(name, iteration=iteration)
 
     def run_step(self) -> None:
         # The scripted focal loss of Detectron2 is optimised after its first call, which changes
@@ -309,6 +309,8 @@ class DistillTrainer(DefaultTrainer):
             raise UserError(f"iteration {self.iter}: {e}") from e
 
     def after_train(self) -> None:
+        if self.iter < self.max_iter:  # Detectron2's hook evaluates also if the last step failed
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         try:
             with as_user_error(self.cfg.OUTPUT_DIR):
                 super().after_train()

@@ -4,7 +4,7 @@ step side by side in one process, with random weights and images."""
 import contextlib
 import os
 import tempfile
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -19,7 +19,7 @@ from d2kd.distillation.teacher import TeacherPass
 from d2kd.engine.memory import keep_freed_memory
 from d2kd.errors import UserError
 from d2kd.lazy import is_python, python_overrides
-from d2kd.views import Recorder, Regions, RegionSet, StudentView, TeacherView
+from d2kd.views import Family, Recorder, Regions, RegionSet, StudentView, TeacherView
 
 from .profile import Step, additional, gflops, host_syncs, peak_memory, timed
 
@@ -163,7 +163,7 @@ def measure(
 def _steps(case: Case, load: Load, beside: Sequence[Sequence[str]]) -> Dict[str, Step]:
     loaded = random_pair(case.as_stock())
     model = random_pair(case.config())
-    inputs = random_batch(load, model.family.num_classes, case.config().MODEL)
+    inputs = random_batch(load, model.family, case.config().MODEL)
     steps = {
         "a": training_step(loaded.student, inputs, load.amp),
         "b": _teacher_forward(loaded, inputs, load.amp),
@@ -176,11 +176,12 @@ def _steps(case: Case, load: Load, beside: Sequence[Sequence[str]]) -> Dict[str,
     return steps
 
 
-def random_batch(load: Load, num_classes: Optional[int], heads: CfgNode) -> List[dict]:
+def random_batch(load: Load, student: Family, heads: CfgNode) -> List[dict]:
     """Images of noise with random boxes, always the same.
 
     Args:
-        num_classes: K; None if it is unknown, for objects of the first class alone.
+        student: whose images they are; where it does not say how many classes it detects, objects
+            are of the first one.
         heads: the node MODEL, which says whether masks and keypoints are learned.
     """
     generator = torch.Generator().manual_seed(0)
@@ -190,14 +191,16 @@ def random_batch(load: Load, num_classes: Optional[int], heads: CfgNode) -> List
         size = (0.05 + 0.35 * torch.rand(load.boxes, 2, generator=generator)) * load.size
         instances = Instances((load.size, load.size))
         instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
-        instances.gt_classes = torch.randint(num_classes or 1, (load.boxes,), generator=generator)
+        instances.gt_classes = torch.randint(
+            student.num_classes or 1, (load.boxes,), generator=generator
+        )
         if heads.MASK_ON:
             corners = instances.gt_boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]]
             instances.gt_masks = PolygonMasks([[polygon] for polygon in corners.numpy()])
         if heads.KEYPOINT_ON:
             points = heads.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
             instances.gt_keypoints = Keypoints(_at_centers(instances.gt_boxes, points))
-        shape = (3, load.size, load.size)
+        shape = (len(student.pixels.mean), load.size, load.size)
         image = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances})
     return inputs

@@ -19,7 +19,7 @@ from d2kd.command import train_command, typed_command
 from d2kd.config import read_config
 from d2kd.distillation import distilled_methods, refuse_missing_weights
 from d2kd.distillation.detectors import teacher_on_meta
-from d2kd.engine.metrics import read_metrics
+from d2kd.engine.metrics import newest_line, read_metrics
 from d2kd.engine.results import METRICS
 from d2kd.engine.run_config import changed_settings, the_first
 from d2kd.errors import UserError, reason
@@ -236,7 +236,7 @@ class _Training:
         if self._has(SUMMARY):
             return True
         # The evaluation at the end is logged after the last step
-        ended = self._has(FINAL_WEIGHTS) and f"bbox/{METRICS[0]}" in (self._lines() or [{}])[-1]
+        ended = self._has(FINAL_WEIGHTS) and f"bbox/{METRICS[0]}" in newest_line(self._lines())
         if ended:
             self._summarize(None)
         return ended

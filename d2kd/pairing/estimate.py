@@ -27,7 +27,7 @@ def seconds_of_training(cfg: CfgNode, processes: int) -> float:
     with EventStorage(cfg.SOLVER.MAX_ITER // 2):
         model = random_pair(cfg) if cfg.DISTILL.METHODS else build_detector(cfg).train()
         student = model.student if cfg.DISTILL.METHODS else model
-        batch = random_batch(load, build_family(student).num_classes, cfg.MODEL)
+        batch = random_batch(load, build_family(student), cfg.MODEL)
         step = training_step(model, batch, cfg.SOLVER.AMP.ENABLED)
         timed(step)
         per_image = min(timed(step) for _ in range(_STEPS))

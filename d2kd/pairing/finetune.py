@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import newest_checkpoint
 from d2kd.command import train_command
 from d2kd.config import class_heads, read_config
+from d2kd.data.described import num_classes_described
 from d2kd.distillation.detectors import teacher_on_meta
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
@@ -42,7 +43,7 @@ def teacher_recipe(pair: Pair, folder: str) -> Dict[str, Any]:
     same.get("INPUT", {}).pop("FORMAT", None)
     merge(content, same)
     merge(content, {"MODEL": {"WEIGHTS": pair.weights, "DEVICE": pair.cfg.MODEL.DEVICE}})
-    if not pair.cfg.DATASETS.DESCRIBED:  # else the number of classes follows from the data
+    if not num_classes_described(pair.cfg):  # else the number of classes follows from the data
         merge(content, {"MODEL": _heads(cfg, pair.student_classes.count)})
     content["DATASETS"] = described_datasets(pair.cfg)
     content["DISTILL"] = {"METHODS": []}

@@ -93,17 +93,24 @@ def open_pair(student: str, teacher: str, opts: Sequence[str] = ()) -> Pair:
     source = teacher_on_meta(cfg)
     weights = weights or cfg.DISTILL.TEACHER.WEIGHTS or source.weights
     ours, theirs = build_family(student_on_meta(cfg)), build_family(source.detector)
+    return Pair(base, config, weights, cfg, ours, theirs, *classes_of(cfg, ours, theirs, weights))
+
+
+def classes_of(
+    cfg: CfgNode, student: Family, teacher: Family, weights: str
+) -> Tuple[Classes, Classes]:
+    """What a student, and what its teacher tells apart.
+
+    Args:
+        cfg: of the student, with ``DISTILL.TEACHER.CONFIG``.
+        student, teacher: the two families.
+        weights: the teacher's; may be "".
+    """
     in_data = class_names_of(cfg.DATASETS.TRAIN)
     learned = len(in_data) or None  # by a student that does not say
-    return Pair(
-        base,
-        config,
-        weights,
-        cfg,
-        ours,
-        theirs,
-        Classes(learned if ours.num_classes is None else ours.num_classes, in_data),
-        Classes(theirs.num_classes, _teacher_names(cfg, theirs, weights)),
+    return (
+        Classes(learned if student.num_classes is None else student.num_classes, in_data),
+        Classes(teacher.num_classes, _teacher_names(cfg, teacher, weights)),
     )
 
 

@@ -14,6 +14,8 @@ from .pair import Pair, open_pair
 from .recipe import RECIPE_YAML, output_of, recipe_of, write_recipe
 
 TEACHER_FOLDER = "teacher"  # in the run's folder
+# What says which detector the teacher is
+_OF_TEACHER = tuple(f"DISTILL.TEACHER.{key}" for key in ("CONFIG", "WEIGHTS", "OPTS"))
 
 
 class Plan(NamedTuple):
@@ -71,13 +73,14 @@ class Plan(NamedTuple):
         about = ["The teacher, trained on the student's data: step 1 of 2"]
         return write_recipe(self.teacher_folder, self.teacher or {}, about)
 
-    def write(self) -> str:
-        """Writes the YAML of the student's run and returns its path."""
+    def write(self, replace: bool = False) -> str:
+        """Writes the YAML of the student's run and returns its path; ``replace`` as in
+        :func:`~d2kd.pairing.recipe.write_recipe`."""
         about = [
             f"{', '.join(self.choice.methods)}: {self.choice.reason}",
             "Once more: d2kd train --config-file <this file> OUTPUT_DIR <another folder>",
         ]
-        return write_recipe(self.output, self.recipe, about)
+        return write_recipe(self.output, self.recipe, about, replace)
 
 
 def make_plan(
@@ -119,8 +122,15 @@ def make_plan(
         taught = taught._replace(
             teacher=os.path.join(there, RECIPE_YAML), weights=os.path.join(there, FINAL_WEIGHTS)
         )
+        opts = _without(opts, _OF_TEACHER)  # its own recipe has them
     content = recipe_of(taught, choice.methods, opts, output)
     return Plan(taught, choice, output, content, teacher_content, note)
+
+
+def _without(opts: Sequence[Any], keys: Sequence[str]) -> List[Any]:
+    """KEY VALUE ... but for some keys."""
+    pairs = zip(opts[::2], opts[1::2])
+    return [word for key, value in pairs if key not in keys for word in (key, value)]
 
 
 def _note(pair: Pair) -> str:

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import shlex
 from typing import Any, Dict, List, Mapping, Sequence
 
 import yaml
@@ -108,7 +109,9 @@ def merge(content: Dict[str, Any], changes: Mapping[str, Any]) -> None:
             content[key] = value
 
 
-def write_recipe(folder: str, content: Mapping[str, Any], comments: Sequence[str]) -> str:
+def write_recipe(
+    folder: str, content: Mapping[str, Any], comments: Sequence[str], replace: bool = False
+) -> str:
     """Writes ``recipe.yaml``, whole, unless the folder has it already. Another one is replaced as
     long as the run has saved nothing: its command may have been a mistake.
 
@@ -116,6 +119,7 @@ def write_recipe(folder: str, content: Mapping[str, Any], comments: Sequence[str
         folder: of the run.
         content: of the YAML.
         comments: lines at its top.
+        replace: also the one by which a run was trained, which is told to go on by this one.
 
     Returns:
         its path.
@@ -124,7 +128,7 @@ def write_recipe(folder: str, content: Mapping[str, Any], comments: Sequence[str
         UserError: if the folder has another one, by which a run was trained.
     """
     path = os.path.join(folder, RECIPE_YAML)
-    if os.path.isfile(path) and checkpoint_names(folder):
+    if os.path.isfile(path) and checkpoint_names(folder) and not replace:
         _refuse_other(path, content)
         return path
     os.makedirs(folder, exist_ok=True)
@@ -140,7 +144,8 @@ def _refuse_other(path: str, content: Mapping[str, Any]) -> None:
             return
     raise UserError(
         f"{path} is of another run, with other detectors, methods or settings: give another "
-        "OUTPUT_DIR, or go on with that run by --resume --config-file " + path
+        f"OUTPUT_DIR, or go on with that run, by --resume --config-file {shlex.quote(path)}, or "
+        "with these changes, by --force-resume"
     )
 
 

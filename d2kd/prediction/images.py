@@ -47,7 +47,7 @@ def _files_of(word: str) -> List[str]:
 
 def _images_in(folder: str) -> List[str]:
     endings = tuple(Image.registered_extensions())
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(endings))
+    names = sorted(x for x in os.listdir(folder) if x.lower().endswith(endings) and x[0] != ".")
     return [os.path.join(folder, name) for name in names]
 
 
@@ -61,7 +61,7 @@ def images_at_hand(cfg: CfgNode, most: int) -> List[str]:
     """
     for name in cfg.DATASETS.TEST[:1]:
         folder = MetadataCatalog.get(name).get("image_root", "")
-        found = _images_in(folder) if os.path.isdir(folder) else _images_of(name)
+        found = _images_of(name) or (_images_in(folder) if os.path.isdir(folder) else [])
         if found:
             return found[:: -(-len(found) // most)]
     return [SAMPLE_PHOTOGRAPH]
@@ -69,9 +69,10 @@ def images_at_hand(cfg: CfgNode, most: int) -> List[str]:
 
 def _images_of(dataset_name: str) -> List[str]:
     try:
-        return [d["file_name"] for d in DatasetCatalog.get(dataset_name)]
+        paths = [d["file_name"] for d in DatasetCatalog.get(dataset_name)]
     except (UserError, *LOADING_ERRORS):
         return []
+    return list(filter(os.path.isfile, paths))
 
 
 def read_image(path: str, input_format: str) -> np.ndarray:

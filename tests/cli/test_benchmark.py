@@ -1,5 +1,7 @@
 """``d2kd benchmark``: what distillation costs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -11,7 +13,7 @@ from d2kd.evidence import benchmark
 from d2kd.evidence.benchmark import STANDARD, Case, Costs, Load
 from d2kd.evidence.costs import growth_text, read_costs
 from d2kd.evidence.profile import gflops, peak_memory
-from d2kd.views.families import BoxHead
+from d2kd.views.families import BoxHead, Pixels
 
 KIB = torch.zeros(256)  # float32
 
@@ -188,7 +190,7 @@ def test_the_teachers_forward_is_of_the_regions_that_are_compared(monkeypatch, r
     opts = ["MODEL.DEVICE", "cpu", "DISTILL.DEFEAT.PROPOSALS_FROM", "both"]
     cfg = Case(f"shapes/{recipe}.yaml", opts).config()
     model = benchmark.random_pair(cfg)
-    inputs = benchmark.random_batch(Load(size=64), model.family.num_classes, cfg.MODEL)
+    inputs = benchmark.random_batch(Load(size=64), model.family, cfg.MODEL)
     with EventStorage():
         forward = benchmark._teacher_forward(model, inputs, amp=False)
         calls.clear()
@@ -198,7 +200,9 @@ def test_the_teachers_forward_is_of_the_regions_that_are_compared(monkeypatch, r
 
 def test_objects_of_an_unknown_number_of_classes_are_of_the_first():
     cfg = Case("shapes/frs/fcos_tiny.yaml", []).config()
-    inputs = benchmark.random_batch(Load(size=64), None, cfg.MODEL)
+    student = SimpleNamespace(num_classes=None, pixels=Pixels((0.0,), (1.0,), 0))
+    inputs = benchmark.random_batch(Load(size=64), student, cfg.MODEL)
+    assert all(x["image"].shape == (1, 64, 64) for x in inputs)
     assert all(len(x["instances"]) and not x["instances"].gt_classes.any() for x in inputs)
 
 
@@ -208,6 +212,6 @@ def test_students_with_other_heads_find_their_ground_truth(heads):
     cfg = Case("shapes/defeat/faster_rcnn_tiny.yaml", opts).config()
     model = benchmark.random_pair(cfg)
     with EventStorage():
-        losses = model.student(benchmark.random_batch(Load(size=64), 6, cfg.MODEL))
+        losses = model.student(benchmark.random_batch(Load(size=64), model.family, cfg.MODEL))
     assert {"loss_mask", "loss_keypoint"} & losses.keys()
     assert all(loss.isfinite() for loss in losses.values())

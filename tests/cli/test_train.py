@@ -1,10 +1,14 @@
 """``d2kd train`` with names in place of a config file."""
 
+import subprocess
+import sys
+
 import pytest
 
 from d2kd.cli import train
 from d2kd.cli.main import main
 from d2kd.config import read_config
+from d2kd.engine.holding import _let_go as let_go
 
 TINY = "shapes/baselines/fcos_tiny"
 NAMES = ["--student", TINY, "--teacher", f"{TINY}_teacher"]
@@ -35,6 +39,25 @@ def test_names_become_a_config_file(started, tmp_path, capsys):
     assert "method   PKD, MGD: as asked" in capsys.readouterr().out
 
 
+def test_the_recipe_of_a_run_in_progress_stays(started, tmp_path):
+    words = ["train", *NAMES, "OUTPUT_DIR", str(tmp_path)]
+    main([*words, "--method", "PKD"])
+    before = (tmp_path / "recipe.yaml").read_text()
+    hold = (
+        f"import time; from d2kd.engine.holding import hold_folder; hold_folder({str(tmp_path)!r})"
+    )
+    script = f"{hold}; print('held', flush=True); time.sleep(100)"
+    let_go()
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit):
+            main([*words, "--method", "MGD"])
+    finally:
+        other.kill()
+    assert (tmp_path / "recipe.yaml").read_text() == before
+
+
 def test_the_teachers_run_comes_first_and_once(started, tmp_path, capsys):
     words = ["train", *NAMES, "--finetune-teacher", "OUTPUT_DIR", str(tmp_path)]
     main(words)
@@ -47,6 +70,20 @@ def test_the_teachers_run_comes_first_and_once(started, tmp_path, capsys):
     main([*words, "--resume"])
     assert [path for path, _ in started[2:]] == [student]
     assert "step 1   the teacher is trained already" in capsys.readouterr().out
+
+
+def test_changes_can_be_insisted_on_by_names(started, tmp_path):
+    words = ["train", *NAMES, "--finetune-teacher", "--num-gpus", "0", "OUTPUT_DIR", str(tmp_path)]
+    main([*words, "SOLVER.MAX_ITER", "5"])
+    teacher = (tmp_path / "teacher" / "recipe.yaml").read_text()
+    for folder in (tmp_path, tmp_path / "teacher"):
+        (folder / "model_final.pth").touch()
+    with pytest.raises(SystemExit):
+        main([*words, "SOLVER.MAX_ITER", "9", "--resume"])
+    main([*words, "SOLVER.MAX_ITER", "9", "--force-resume"])
+    assert read_config(str(tmp_path / "recipe.yaml")).SOLVER.MAX_ITER == 9
+    assert (tmp_path / "teacher" / "recipe.yaml").read_text() == teacher
+    assert len(started) == 3  # the teacher, and the student twice
 
 
 def test_both_steps_are_shown_as_they_will_run(started, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Data sets that a config describes by a folder laid out as Pascal VOC's."""
 
 import argparse
+import shutil
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -50,6 +51,26 @@ def test_both_splits_have_the_classes_of_all(folder, tmp_path):
     assert dicts[0]["annotations"][0]["bbox"] == [1, 2, 20, 25]  # counted from 0
     check_evaluation(cfg)
     assert ap_of_annotations(cfg, val) == pytest.approx(100)
+
+
+def test_names_in_broken_lines_and_annotations_in_folders(folder):
+    (folder / "Annotations" / "0.xml").write_text(XML.format(name="\n  cat\n"))
+    for place in ("Annotations", "JPEGImages"):
+        (folder / place / "more").mkdir()
+    (folder / "Annotations" / "more" / "3.xml").write_text(XML.format(name="emu"))
+    Image.new("RGB", (40, 30)).save(folder / "JPEGImages" / "more" / "3.jpg")
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("0\nmore/3\n")
+    cfg = read(folder)
+    assert cfg.DATASETS.DESCRIBED[0]["classes"] == ["ant", "cat", "emu"]
+    dicts = load_training_dicts(cfg)
+    assert [d["annotations"][0]["category_id"] for d in dicts] == [1, 2]
+
+
+def test_equal_annotations_of_other_images_are_told(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other" / "mine")
+    sets = [{"voc": str(x), "split": "train"} for x in (folder, tmp_path / "other" / "mine")]
+    with pytest.raises(UserError, match=r"the same annotations .* \(.*other/mine\)"):
+        read_config(FCOS, ["DATASETS.TRAIN", repr(sets)])
 
 
 def test_a_saved_config_and_a_changed_file(folder, tmp_path):

@@ -151,6 +151,7 @@ def test_an_image_that_lies_on_its_side(data, tmp_path):
         ({"train": "nowhere"}, "nowhere, which does not exist"),
         ({"names": []}, "'names' is"),
         ({"names": {1: "cat"}}, "'names' is"),
+        ({"names": ["cat", "cat"]}, "'names' has 'cat' twice: rename one"),
     ],
 )
 def test_what_is_wrong_with_the_yaml_is_told(data, tmp_path, changes, words):

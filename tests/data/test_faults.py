@@ -139,6 +139,32 @@ def test_masks_in_run_lengths_are_learned_as_bitmasks_alone():
         assert [x.kind for x in check_annotations(data, "a.json", masks=masks)] == kinds
 
 
+@pytest.mark.parametrize(
+    "mask, training, evaluation",
+    [
+        ([[1, 1, 9, 1, 9, 9]], "", ""),
+        ([[1, 1, 9, 1, 9, 9], [1, 1]], "", ""),  # Detectron2 leaves the second one out
+        ([[1, 1, 9, None, 9, 9]], "mask that is none", "mask that is none"),
+        ([["1", "1", "9", "1", "9", "9"]], "mask that is none", "mask that is none"),
+        ([1, 1, 9, 1, 9, 9], "mask that is none", "mask that is none"),
+        ([[1, 1, 9, 9]], "mask without area", "mask that is none"),
+        ([[]], "mask without area", "mask that is none"),
+    ],
+)
+def test_polygons(mask, training, evaluation):
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 8, 8], "segmentation": mask}
+    data = {
+        "info": {},
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 20}],
+        "annotations": [{**box, "area": 32, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    for evaluated, kind in ((False, training), (True, evaluation)):
+        found = check_annotations(data, "a.json", evaluated, "polygon")
+        assert [x.kind for x in found] == ([kind] if kind else [])
+    assert not check_annotations(data, "a.json", masks="")
+
+
 WHOLE = {
     "images": ("id", "width", "height"),
     "categories": ("id",),

@@ -11,6 +11,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from toys import AS_LOADED, STUDENTS, batch, detector, distill_config, step
 
+from d2kd.check.noise import try_on_noise
 from d2kd.checkpoint import checksum
 from d2kd.distillation import build_model
 from d2kd.distillation.rebuild import fold_frozen_norms, largest_unobserved
@@ -151,6 +152,15 @@ def test_gradients_through_a_teacher_in_half_precision_survive(tmp_path):
         for scale in (1.0, 2.0**-14)
     )
     assert torch.allclose(small[0] * 2**14, large[0], rtol=1e-4, atol=large[0].abs().max() * 1e-5)
+
+
+def test_images_of_one_channel(tmp_path):
+    gray = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [50.0]]
+    cfg = distill_config(tmp_path, "FCOS", gray, teacher_opts=gray)
+    model = build_model(cfg)
+    inputs = [{**x, "image": x["image"][:1]} for x in batch()]
+    assert all(loss.isfinite() for loss in step(model, inputs).values())
+    try_on_noise(cfg, model)
 
 
 def test_no_random_number_is_drawn(tmp_path):

@@ -52,7 +52,7 @@ def test_the_best_student_is_kept(tmp_path, toy_dataset, course):
     course(1.0, 7.0, 3.0, 7.0, float("nan"), 5.0, 6.0)
     cfg = plain(tmp_path, toy_dataset, methods=["FRS"])
     trainer = train(cfg)
-    assert read_best(cfg.OUTPUT_DIR) == ("bbox/AP", 7.0, 1)
+    assert read_best(cfg.OUTPUT_DIR)[:3] == ("bbox/AP", 7.0, 1)
     best = torch.load(f"{cfg.OUTPUT_DIR}/model_best.pth", weights_only=True)
     after_two = torch.load(f"{cfg.OUTPUT_DIR}/model_0000001.pth", weights_only=True)
     assert best["model"].keys() == trainer.student.state_dict().keys()
@@ -68,14 +68,14 @@ def test_of_several_sets_the_first_one_chooses(tmp_path, toy_dataset, monkeypatc
     results = {first: {"bbox": {"AP": 3.0}}, second: {"bbox": {"AP": 9.0}}}
     monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *_, **__: results))
     train(cfg)
-    assert read_best(cfg.OUTPUT_DIR) == (f"{first}/bbox/AP", 3.0, 0)
+    assert read_best(cfg.OUTPUT_DIR)[:3] == (f"{first}/bbox/AP", 3.0, 0)
 
 
 def test_the_last_evaluation_counts(tmp_path, toy_dataset, course):
     course(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0)
     cfg = plain(tmp_path, toy_dataset)
     train(cfg)
-    assert read_best(cfg.OUTPUT_DIR) == ("bbox/AP", 9.0, 6)
+    assert read_best(cfg.OUTPUT_DIR)[:3] == ("bbox/AP", 9.0, 6)
 
 
 def test_a_killed_run_does_not_forget_the_best(tmp_path, toy_dataset, course):
@@ -86,7 +86,7 @@ def test_a_killed_run_does_not_forget_the_best(tmp_path, toy_dataset, course):
     assert read_best(cfg.OUTPUT_DIR).value == 8.0
     course(1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 7.5)
     assert train(cfg, resume=True).start_iter == 2
-    assert read_best(cfg.OUTPUT_DIR) == ("bbox/AP", 8.0, 2)
+    assert read_best(cfg.OUTPUT_DIR)[:3] == ("bbox/AP", 8.0, 2)
 
 
 def test_another_metric_starts_anew(tmp_path, toy_dataset, course, caplog):
@@ -99,7 +99,19 @@ def test_another_metric_starts_anew(tmp_path, toy_dataset, course, caplog):
     assert "was chosen by bbox/AP, RUN.BEST_METRIC is bbox/AP50" in caplog.text
     [line] = [m for m in caplog.messages if "do not measure" in m]
     assert line.endswith("did you mean 'bbox/AP'?")
-    assert read_best(cfg.OUTPUT_DIR) == ("bbox/AP", 9.0, 0)  # AP50 was never measured
+    assert read_best(cfg.OUTPUT_DIR)[:3] == ("bbox/AP", 9.0, 0)  # AP50 was never measured
+
+
+def test_another_test_set_starts_anew(tmp_path, toy_dataset, course, caplog):
+    course(9.0, 9.0, 9.0)
+    cfg = plain(tmp_path, toy_dataset)
+    train(cfg, at=3)
+    [before] = cfg.DATASETS.TEST
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    course(1.0, 2.0, 3.0, 2.0)
+    train(cfg, resume=True)
+    assert f"was chosen on {before}, DATASETS.TEST is {cfg.DATASETS.TRAIN[0]}" in caplog.text
+    assert read_best(cfg.OUTPUT_DIR) == ("bbox/AP", 3.0, 2, list(cfg.DATASETS.TRAIN))
 
 
 @pytest.mark.parametrize("opts", [["RUN.BEST_METRIC", ""], ["TEST.EVAL_PERIOD", 0]])

@@ -9,9 +9,9 @@ import yaml
 from detectron2.utils import comm
 from runs import assert_same_run, run_config, train
 
-from d2kd.checkpoint import newest_checkpoint, write_student_yaml
+from d2kd.checkpoint import StudentCheckpointer, newest_checkpoint, write_student_yaml
 from d2kd.cli.main import train as main
-from d2kd.engine import DistillTrainer
+from d2kd.engine import DistillTrainer, launch
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import differences, refuse_changed, write_run_config
 from d2kd.errors import UserError
@@ -206,6 +206,11 @@ def test_what_is_insisted_on_is_in_force(cfg):
     assert all(len(state) for state in optimizers[0].state.values())
 
 
+def test_an_optimizer_of_another_kind_cannot_be_insisted_on(cfg, command):
+    message = command("SOLVER.OPTIMIZER", "AdamW", flags=("--force-resume",))
+    assert "had an optimizer of another kind (SOLVER.OPTIMIZER)" in message
+
+
 def test_machines_that_find_other_checkpoints(cfg, monkeypatch):
     trainer = DistillTrainer(cfg)
     monkeypatch.setattr(comm, "all_gather", lambda value: [value, 0])
@@ -310,6 +315,36 @@ def test_a_finished_run_is_left_as_it_is(cfg, command, capsys):
     assert command() is None
     assert contents(cfg) == before
     assert "nothing is left to do" in capsys.readouterr().out
+
+
+def test_a_run_whose_end_is_moved_to_where_it_is_gets_its_last_student(cfg, command, capsys):
+    """Also if it had gone further, and its metrics tell of that."""
+    cfg.SOLVER.MAX_ITER = 40  # of which 7 steps are in the metrics
+    assert command("SOLVER.MAX_ITER", 6, flags=("--force-resume",)) is None
+    assert "nothing is left to do" not in capsys.readouterr().out
+    final = torch.load(path_of(cfg, "model_final.pth"), weights_only=True)
+    assert final["iteration"] == 5
+    assert [x["iteration"] for x in read_metrics(cfg.OUTPUT_DIR) if "bbox/AP" in x] == [6]
+
+
+def test_a_run_that_ended_meanwhile_is_left(cfg, command, monkeypatch):
+    """It held the folder when this command looked for a run there."""
+    elsewhere = path_of(cfg, "elsewhere")
+    shutil.copytree(cfg.OUTPUT_DIR, elsewhere)
+    monkeypatch.setattr(launch, "hold_folder", lambda folder: os.rename(elsewhere, folder))
+    assert "holds" in command("OUTPUT_DIR", path_of(cfg, "new"), flags=())
+
+
+def test_nothing_is_evaluated_after_a_last_step_that_failed(cfg, monkeypatch):
+    def full(*_, **__):
+        raise UserError("the disk is full")
+
+    evaluations = []
+    monkeypatch.setattr(DistillTrainer, "test", lambda *_: evaluations.append(1))
+    monkeypatch.setattr(StudentCheckpointer, "save", full)
+    with pytest.raises(UserError, match="iteration 6: the disk is full"):
+        train(cfg, resume=True)
+    assert not evaluations
 
 
 def tampered(cfg, change):

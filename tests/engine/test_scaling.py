@@ -33,6 +33,15 @@ def test_more_processes_leave_no_term_for_ever():
     assert scaled.DISTILL.FRS.CLS.START_ITER == 1
 
 
+def test_more_processes_leave_no_period_for_never():
+    opts = ["SOLVER.MAX_ITER", 1, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 1]
+    scaled = scale_to_processes(config(STUDENTS["FCOS"], [*OPTS, *opts]), 64)
+    periods = scaled.SOLVER.MAX_ITER, scaled.SOLVER.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD
+    assert periods == (1, 1, 1)
+    never = config(STUDENTS["FCOS"], [*OPTS, "TEST.EVAL_PERIOD", 0])
+    assert scale_to_processes(never, 64).TEST.EVAL_PERIOD == 0
+
+
 @pytest.mark.parametrize("reference", [0, 4])
 def test_nothing_to_scale(reference):
     cfg = config(STUDENTS["FCOS"], ["SOLVER.REFERENCE_WORLD_SIZE", reference])

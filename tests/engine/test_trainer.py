@@ -17,6 +17,8 @@ from d2kd.distillation import build_model
 GDETKD = ["DISTILL.GDETKD.PROPOSALS_FROM", "teacher", "DISTILL.GDETKD.QUEUE_SIZE", 500]
 RUNS = {name: (name, (), "FRS") for name in STUDENTS}
 RUNS["GDetKD"] = ("FasterRCNN", GDETKD, "GDetKD")
+# Starting another kind of loader draws a number, and this student samples its regions
+RUNS["not grouped"] = ("FasterRCNN", ["DATALOADER.ASPECT_RATIO_GROUPING", False], "FRS")
 
 
 @pytest.mark.parametrize("student, opts, method", RUNS.values(), ids=RUNS)

@@ -112,6 +112,24 @@ def test_a_teacher_learns_the_classes_first(own_data, tmp_path):
     assert 0 < seconds_of_training(second, 2) < 600
 
 
+def test_a_teacher_that_was_named_by_its_weights_teaches_as_it_was_trained(own_data, tmp_path):
+    weights = tmp_path / "mine.pth"
+    weights.touch()
+    opts = [*own_data, "DISTILL.TEACHER.WEIGHTS", str(weights), "OUTPUT_DIR", str(tmp_path / "run")]
+    plan = make_plan(STUDENT, TEACHER, [], [*opts, "DISTILL.TEACHER.FOLD_NORMS", "False"], True)
+    assert plan.teacher["MODEL"]["WEIGHTS"] == str(weights)
+    teacher = plan.recipe["DISTILL"]["TEACHER"]
+    assert teacher["WEIGHTS"] == str(tmp_path / "run" / "teacher" / "model_final.pth")
+    assert teacher["FOLD_NORMS"] is False
+
+
+def test_heads_of_the_teacher_are_for_the_data_that_it_is_trained_on(own_data, tmp_path):
+    """A registered set, whose number of classes no file tells, with a file to evaluate on."""
+    opts = ["MODEL.FCOS.NUM_CLASSES", "2", *own_data[2:]]
+    teacher = make_plan(STUDENT, TEACHER, [], opts, finetune=True).teacher
+    assert teacher["MODEL"]["FCOS"]["NUM_CLASSES"] == 2
+
+
 def test_a_recipe_names_its_teacher_from_everywhere(own_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = make_plan(STUDENT, TEACHER, [], [*own_data, "OUTPUT_DIR", "run"], finetune=True)
@@ -128,6 +146,8 @@ def test_a_recipe_of_another_run_is_kept(tmp_path):
     with pytest.raises(UserError, match="recipe.yaml is of another run"):
         write_recipe(str(tmp_path), {"SEED": 2}, [])
     assert (tmp_path / "recipe.yaml").read_text() == "# mine\nSEED: 1\n"
+    write_recipe(str(tmp_path), {"SEED": 2}, [], replace=True)
+    assert (tmp_path / "recipe.yaml").read_text() == "SEED: 2\n"
 
 
 def test_values_are_read_as_on_a_command_line():

@@ -111,6 +111,7 @@ def test_images_at_hand_are_of_the_validation_set_or_a_photograph(run, toy_datas
     images = images_at_hand(run.config(["DATASETS.TEST", (toy_dataset[1],)]), 3)
     assert len(images) == 3 and all("val" in path for path in images)
     name = "images_without_a_folder"  # as those of YOLO's layout
-    DatasetCatalog.register(name, lambda: [{"file_name": path} for path in images])
+    paths = [*images, "gone.jpg"]
+    DatasetCatalog.register(name, lambda: [{"file_name": path} for path in paths])
     assert images_at_hand(run.config(["DATASETS.TEST", (name,)]), 2) == images[::2]
     DatasetCatalog.remove(name)
