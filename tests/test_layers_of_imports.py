@@ -24,7 +24,8 @@ LAYERS = [
     {"checkpoint"},
     {"distillation"},
     {"engine"},
-    {"analysis", "catalogue", "check", "evidence", "export", "pairing", "prediction", "report"},
+    {"analysis", "benchmark", "catalogue", "check", "comparison", "export", "pairing", "prediction"}
+    | {"report", "visualization"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from d2kd.comparison.rows import read_rows, read_table
 from d2kd.config import read_config
 from d2kd.distillation import build_teacher_detector
 from d2kd.distillation.detectors import build_architecture, on_meta_device
-from d2kd.evidence.rows import read_rows, read_table
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import CONFIG_DIRS, resolve_config
 from d2kd.views import build_family

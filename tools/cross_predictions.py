@@ -18,12 +18,12 @@ from tabulate import tabulate
 from torch import nn
 
 from d2kd.checkpoint import load_trained_weights
+from d2kd.comparison.tables import evaluate
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.distillation.teacher import TeacherPass
 from d2kd.engine.results import METRICS
 from d2kd.errors import UserError
-from d2kd.evidence.tables import evaluate
 from d2kd.views import Recorder, StudentView
 
 

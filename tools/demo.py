@@ -17,12 +17,12 @@ from detectron2.structures import BoxMode, Instances
 from torch import nn
 
 from d2kd.checkpoint import load_trained_weights
+from d2kd.comparison.cells import Cell, cell_of, parameters
+from d2kd.comparison.rows import row_of
+from d2kd.comparison.runs import Run, scalars, train_row
+from d2kd.comparison.tables import evaluate, table
 from d2kd.config import read_config
 from d2kd.distillation import build_detector
-from d2kd.evidence.cells import Cell, cell_of, parameters
-from d2kd.evidence.rows import row_of
-from d2kd.evidence.runs import Run, scalars, train_row
-from d2kd.evidence.tables import evaluate, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

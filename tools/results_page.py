@@ -25,8 +25,8 @@ import matplotlib
 import numpy as np
 from tabulate import tabulate
 
-from d2kd.evidence.cells import Cell, by_label, read_cells
-from d2kd.evidence.tables import gain, mean_and_deviation, table
+from d2kd.comparison.cells import Cell, by_label, read_cells
+from d2kd.comparison.tables import gain, mean_and_deviation, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -2,7 +2,7 @@
 
 import logging
 import os
-import time
+from functools import partial
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
+from d2kd.benchmark.profile import timed
 from d2kd.engine.versions import processor_name
 
 # Passes that are not timed: the first ones allocate memory and choose algorithms
@@ -63,26 +64,12 @@ def latencies(detectors: Sequence[Tuple[nn.Module, Dict[str, Any]]], repeats: in
         detectors: each in eval mode, with the inputs of one image on its device.
         repeats: timed passes of each.
     """
-    for detector, inputs in detectors:
-        for _ in range(WARM_UP):
-            detector([inputs])
-    times = [[_timed(*pair) for pair in detectors] for _ in range(repeats)]  # (repeats, detectors)
+    passes = [partial(detector, [inputs]) for detector, inputs in detectors]
+    for one in passes * WARM_UP:
+        timed(one)
+    times = [[timed(one) * 1e3 for one in passes] for _ in range(repeats)]  # (repeats, detectors)
     percentiles = np.percentile(times, (50, 90, 99), axis=0)
     return [Latency(*map(float, column)) for column in percentiles.T]
-
-
-def _timed(detector: nn.Module, inputs: Dict[str, Any]) -> float:
-    """Milliseconds."""
-    _wait(inputs["image"].device)
-    start = time.perf_counter()
-    detector([inputs])
-    _wait(inputs["image"].device)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 
 import yaml
 
-from d2kd.evidence.costs import Costs, read_costs
+from d2kd.benchmark.costs import Costs, read_costs
 
 _D2KD = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Inside the package when installed, beside it in a checkout

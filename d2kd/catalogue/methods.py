@@ -5,7 +5,7 @@ import sys
 import textwrap
 from typing import List, NamedTuple
 
-from d2kd.evidence.costs import Costs, ratio
+from d2kd.benchmark.costs import Costs, ratio
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
 
 from .configs import Config, recipes

@@ -12,9 +12,9 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from d2kd.benchmark.profile import peak_memory, timed
 from d2kd.engine import DistillTrainer
 from d2kd.engine.averaging import EMAHook
-from d2kd.evidence.profile import peak_memory, timed
 
 from .levels import warn_of_unused_levels
 

@@ -16,7 +16,7 @@ import argparse
 from d2kd.config import read_config
 from d2kd.engine.preflight import refuse_unusable
 from d2kd.errors import UserError
-from d2kd.evidence.balance import proposals_text, propose_weights
+from d2kd.pairing.balance import proposals_text, propose_weights
 
 from .arguments import add_overrides
 

@@ -19,15 +19,15 @@ import os
 import re
 from typing import List
 
-from d2kd.errors import UserError
-from d2kd.evidence.benchmark import STANDARD, Case, Costs, Load, measure
-from d2kd.evidence.costs import (
+from d2kd.benchmark.costs import (
     costs_markdown,
     costs_text,
     growth_text,
     read_costs,
     write_costs,
 )
+from d2kd.benchmark.measuring import STANDARD, Case, Costs, Load, measure
+from d2kd.errors import UserError
 from d2kd.writing import written_whole
 
 from .arguments import add_device, until_key

@@ -18,10 +18,10 @@ import os
 import re
 from typing import List, Sequence
 
+from d2kd.comparison.rows import check_rows, read_rows
+from d2kd.comparison.runs import command
+from d2kd.comparison.tables import CELLS, FIGURE, TABLE, compare
 from d2kd.errors import UserError
-from d2kd.evidence.rows import check_rows, read_rows
-from d2kd.evidence.runs import command
-from d2kd.evidence.tables import CELLS, FIGURE, TABLE, compare
 
 from .arguments import add_overrides, until_key
 

@@ -15,8 +15,8 @@ import os
 
 from d2kd.config import read_config
 from d2kd.errors import UserError
-from d2kd.evidence.maps import collect_maps
-from d2kd.evidence.pictures import draw
+from d2kd.visualization.maps import collect_maps
+from d2kd.visualization.pictures import draw
 from d2kd.writing import written_whole
 
 from .arguments import add_overrides

@@ -20,9 +20,6 @@ _KEPT = LOG_PERIOD + WINDOW
 # What these end with tells of the process, not of the run
 _OF_THE_PROCESS = ("time", "eta_seconds", "max_memory")
 
-# What is logged of a step, also of one that failed
-_OF_A_STEP = ("total_loss", "distill/")
-
 # By name: whether it is smoothed, and its last values with their iterations
 Scalars = Dict[str, Tuple[bool, List[Tuple[float, int]]]]
 
@@ -128,8 +125,8 @@ def read_metrics(folder: str, test_sets: Sequence[str] = ()) -> List[Dict[str, f
 def has_ended(folder: str, max_iter: int) -> bool:
     """Whether the metrics of a run tell of the evaluation after its last step."""
     newest = newest_line(read_metrics(folder))
-    of_a_step = any(name.startswith(_OF_A_STEP) for name in newest)
-    return newest.get("iteration", -1) >= max_iter and not of_a_step
+    evaluated = any("/" in name and not name.startswith("distill/") for name in newest)
+    return newest.get("iteration", -1) >= max_iter and evaluated
 
 
 def newest_line(lines: Iterable[Dict[str, float]]) -> Dict[str, float]:

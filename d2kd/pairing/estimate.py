@@ -5,9 +5,9 @@ import statistics
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
+from d2kd.benchmark.measuring import Load, random_batch, random_pair, training_step
+from d2kd.benchmark.profile import timed
 from d2kd.distillation import build_detector
-from d2kd.evidence.benchmark import Load, random_batch, random_pair, training_step
-from d2kd.evidence.profile import timed
 from d2kd.views import build_family
 
 _STEPS = 2  # timed, after one that is not

@@ -7,12 +7,12 @@ import torch
 from detectron2.utils.events import EventStorage
 from toys import STUDENTS
 
+from d2kd.benchmark import measuring
+from d2kd.benchmark.costs import growth_text, read_costs
+from d2kd.benchmark.measuring import STANDARD, Case, Costs, Load
+from d2kd.benchmark.profile import gflops, peak_memory
 from d2kd.cli.main import main
 from d2kd.errors import UserError
-from d2kd.evidence import benchmark
-from d2kd.evidence.benchmark import STANDARD, Case, Costs, Load
-from d2kd.evidence.costs import growth_text, read_costs
-from d2kd.evidence.profile import gflops, peak_memory
 from d2kd.views.families import BoxHead, Pixels
 
 KIB = torch.zeros(256)  # float32
@@ -46,7 +46,7 @@ def test_flops_are_those_of_convolutions_forward_and_backward():
 def test_other_devices_have_no_clock():
     case = Case("shapes/frs/fcos_tiny.yaml", ("MODEL.DEVICE", "mps"))
     with pytest.raises(UserError, match="MODEL.DEVICE is 'mps': cpu and cuda can be measured"):
-        benchmark.measure(case, Load())
+        measuring.measure(case, Load())
 
 
 SMALL = ["--size", "64", "--rounds", "2"]
@@ -189,10 +189,10 @@ def test_the_teachers_forward_is_of_the_regions_that_are_compared(monkeypatch, r
     monkeypatch.setattr(BoxHead, "run", lambda *args: calls.append(1) or run(*args))
     opts = ["MODEL.DEVICE", "cpu", "DISTILL.DEFEAT.PROPOSALS_FROM", "both"]
     cfg = Case(f"shapes/{recipe}.yaml", opts).config()
-    model = benchmark.random_pair(cfg)
-    inputs = benchmark.random_batch(Load(size=64), model.family, cfg.MODEL)
+    model = measuring.random_pair(cfg)
+    inputs = measuring.random_batch(Load(size=64), model.family, cfg.MODEL)
     with EventStorage():
-        forward = benchmark._teacher_forward(model, inputs, amp=False)
+        forward = measuring._teacher_forward(model, inputs, amp=False)
         calls.clear()
         forward()
     assert len(calls) == passes
@@ -201,7 +201,7 @@ def test_the_teachers_forward_is_of_the_regions_that_are_compared(monkeypatch, r
 def test_objects_of_an_unknown_number_of_classes_are_of_the_first():
     cfg = Case("shapes/frs/fcos_tiny.yaml", []).config()
     student = SimpleNamespace(num_classes=None, pixels=Pixels((0.0,), (1.0,), 0))
-    inputs = benchmark.random_batch(Load(size=64), student, cfg.MODEL)
+    inputs = measuring.random_batch(Load(size=64), student, cfg.MODEL)
     assert all(x["image"].shape == (1, 64, 64) for x in inputs)
     assert all(len(x["instances"]) and not x["instances"].gt_classes.any() for x in inputs)
 
@@ -210,8 +210,8 @@ def test_objects_of_an_unknown_number_of_classes_are_of_the_first():
 def test_students_with_other_heads_find_their_ground_truth(heads):
     opts = ["MODEL.DEVICE", "cpu", "DISTILL.TEACHER.OPTS", heads, *heads]
     cfg = Case("shapes/defeat/faster_rcnn_tiny.yaml", opts).config()
-    model = benchmark.random_pair(cfg)
+    model = measuring.random_pair(cfg)
     with EventStorage():
-        losses = model.student(benchmark.random_batch(Load(size=64), model.family, cfg.MODEL))
+        losses = model.student(measuring.random_batch(Load(size=64), model.family, cfg.MODEL))
     assert {"loss_mask", "loss_keypoint"} & losses.keys()
     assert all(loss.isfinite() for loss in losses.values())

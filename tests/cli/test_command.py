@@ -8,8 +8,8 @@ import pytest
 
 from d2kd import command
 from d2kd.cli.main import main
-from d2kd.evidence import runs
-from d2kd.evidence.rows import Row
+from d2kd.comparison import runs
+from d2kd.comparison.rows import Row
 from d2kd.pairing import finetune
 
 

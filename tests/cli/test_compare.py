@@ -7,13 +7,13 @@ import sys
 import pytest
 
 from d2kd.cli.main import main
+from d2kd.comparison import runs
+from d2kd.comparison.cells import Cell, by_label, cell_of, read_cells, write_cells
+from d2kd.comparison.rows import Row, check_rows, folder_of, labels_of, read_rows, read_table
+from d2kd.comparison.runs import Run, steps_done, train_row, train_rows
+from d2kd.comparison.tables import table
 from d2kd.config import read_config
 from d2kd.errors import UserError
-from d2kd.evidence import runs
-from d2kd.evidence.cells import Cell, by_label, cell_of, read_cells, write_cells
-from d2kd.evidence.rows import Row, check_rows, folder_of, labels_of, read_rows, read_table
-from d2kd.evidence.runs import Run, steps_done, train_row, train_rows
-from d2kd.evidence.tables import table
 
 RECIPE = "shapes/frs/fcos_tiny.yaml"
 TABLE = """

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from d2kd.cli.main import main
-from d2kd.evidence import runs, tables
-from d2kd.evidence.cells import read_cells
-from d2kd.evidence.rows import read_rows
-from d2kd.evidence.runs import Outcome, Run, train_rows
+from d2kd.comparison import runs, tables
+from d2kd.comparison.cells import read_cells
+from d2kd.comparison.rows import read_rows
+from d2kd.comparison.runs import Outcome, Run, train_rows
 from d2kd.one_line import exit_on_user_error
 
 RECIPE = "shapes/frs/fcos_tiny.yaml"

@@ -13,9 +13,9 @@ from d2kd.checkpoint import StudentCheckpointer
 from d2kd.cli import visualize
 from d2kd.cli.main import main
 from d2kd.distillation import build_model
-from d2kd.evidence import maps
-from d2kd.evidence.maps import Attention
-from d2kd.evidence.pictures import mean_by_size
+from d2kd.visualization import maps
+from d2kd.visualization.maps import Attention
+from d2kd.visualization.pictures import mean_by_size
 
 
 def run(monkeypatch, folder, toy_dataset, methods, opts=(), teacher="RetinaNet", name="maps.png"):

@@ -13,8 +13,8 @@ import pytest
 from pages import ROOT, SHELL, TODAY, blocks, commands, prose, text
 
 from d2kd.cli import main
+from d2kd.comparison.rows import check_rows, read_rows
 from d2kd.config import read_config
-from d2kd.evidence.rows import check_rows, read_rows
 from d2kd.model_zoo import resolve_config
 from d2kd.pairing import make_plan
 

@@ -6,10 +6,10 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 from pages import ROOT, text
 
+from d2kd.benchmark.costs import costs_markdown, read_costs
+from d2kd.benchmark.measuring import STANDARD
+from d2kd.comparison.cells import Cell, write_cells
 from d2kd.config import default_config
-from d2kd.evidence.benchmark import STANDARD
-from d2kd.evidence.cells import Cell, write_cells
-from d2kd.evidence.costs import costs_markdown, read_costs
 
 sys.path.append(str(ROOT / "tools"))
 import commands_page

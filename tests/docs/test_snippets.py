@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pages import TODAY, blocks, text
 
+from d2kd.comparison.rows import check_rows, read_rows
 from d2kd.config import default_config, read_config
-from d2kd.evidence.rows import check_rows, read_rows
 
 pytestmark = pytest.mark.docs
 

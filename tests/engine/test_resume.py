@@ -207,7 +207,7 @@ def test_what_is_insisted_on_is_in_force(cfg):
 
 
 def test_an_optimizer_of_another_kind_cannot_be_insisted_on(cfg, command):
-    message = command("SOLVER.OPTIMIZER", "AdamW", flags=("--force-resume",))
+    message = command("SOLVER.OPTIMIZER", "SGD", flags=("--force-resume",))
     assert "had an optimizer of another kind (SOLVER.OPTIMIZER)" in message
 
 

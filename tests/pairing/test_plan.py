@@ -114,7 +114,7 @@ def test_a_teacher_learns_the_classes_first(own_data, tmp_path):
 
 def test_a_teacher_that_was_named_by_its_weights_teaches_as_it_was_trained(own_data, tmp_path):
     weights = tmp_path / "mine.pth"
-    weights.touch()
+    torch.save({"model": {}}, weights)
     opts = [*own_data, "DISTILL.TEACHER.WEIGHTS", str(weights), "OUTPUT_DIR", str(tmp_path / "run")]
     plan = make_plan(STUDENT, TEACHER, [], [*opts, "DISTILL.TEACHER.FOLD_NORMS", "False"], True)
     assert plan.teacher["MODEL"]["WEIGHTS"] == str(weights)

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from d2kd.errors import UserError, reason
 from d2kd.writing import written_whole
 
-from .benchmark import PARTS, STANDARD_PARTS, Case, Costs, Load
+from .measuring import PARTS, STANDARD_PARTS, Case, Costs, Load
 
 HEADERS = ["recipe", "c/a", "c/(a+b)", "c/(a+b) in FLOPs", "rebuilt/b", "memory c/a"]
 HEADERS += ["host syncs of c, of a"]

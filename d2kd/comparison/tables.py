@@ -42,7 +42,7 @@ def compare(
         the table, in Markdown, and which runs failed and why, in a line; either may be empty.
 
     Raises:
-        UserError: see :func:`~d2kd.evidence.runs.train_rows`.
+        UserError: see :func:`~d2kd.comparison.runs.train_rows`.
     """
     labels = labels_of(rows)
     tasks = [(label, row, seed) for seed in seeds for label, row in zip(labels, rows)]

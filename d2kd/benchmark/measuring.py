@@ -110,7 +110,7 @@ class Costs(NamedTuple):
     seconds: Dict[str, List[float]]  # of every round
     memory: Dict[str, float]  # MiB at the peak, of the parts that train
     syncs: Dict[str, int]  # how often the host waits for a GPU, of the parts that train
-    gflops: Dict[str, float]  # of a, b and c, see :func:`d2kd.evidence.profile.gflops`
+    gflops: Dict[str, float]  # of a, b and c, see :func:`d2kd.benchmark.profile.gflops`
     operations: Dict[str, float]  # milliseconds of c beyond a and b; empty if not asked for
     methods: Tuple[str, ...] = ()  # that were at work
 

@@ -24,7 +24,7 @@ def draw(cfg: CfgNode, found: MethodMaps) -> Figure:
 
     Args:
         cfg: of the recipe.
-        found: from :func:`~d2kd.evidence.maps.collect_maps`.
+        found: from :func:`~d2kd.visualization.maps.collect_maps`.
     """
     maps, attention = found.maps, found.attention
     rows = [(x, name, i) for i, x in enumerate(found.inputs) for name in maps]

@@ -1,0 +1,1 @@
+"""What methods look at: their maps and weights, drawn over images."""
