@@ -169,14 +169,15 @@ def plain_over_time(detector: str, name: str) -> Dict[int, Curve]:
 
     Args:
         detector, name: of the experiment that it is set beside. Rows called "<number> times as
-            long" are its own, or those of longer_DETECTOR.
+            long" are its own, or those of longer_DETECTOR, or of the experiment of that name.
 
     Raises:
         ValueError: if experiment and longer trainings come from several commits or machines.
     """
     cells = read_runs(name)
     if not any(LONGER.fullmatch(cell.label) for cell in cells):
-        longer = read_runs(f"longer_{detector}")
+        beside = f"longer_{detector}"
+        longer = read_runs(beside if (RESULTS / f"{beside}.json").is_file() else detector)
         origin(name, cells + longer)
         cells = longer
     found: Dict[int, List[Tuple[float, float]]] = {}
