@@ -14,12 +14,13 @@ examples:
 
 import argparse
 import os
+import tempfile
 from typing import List
 
-from d2kd.checkpoint import refuse_occupied
+from d2kd.checkpoint import checkpoint_names, refuse_occupied
 from d2kd.config import read_config
 from d2kd.engine.holding import hold_folder
-from d2kd.engine.launch import processes_of, start
+from d2kd.engine.launch import processes_of, setup, start
 from d2kd.engine.preflight import refuse_unwritable
 from d2kd.engine.processes import place_by_torchrun
 from d2kd.engine.scaling import scale_to_processes
@@ -27,7 +28,7 @@ from d2kd.errors import UserError
 from d2kd.pairing import Plan
 from d2kd.pairing.estimate import in_words, seconds_of_training
 from d2kd.pairing.finetune import is_finished, train_teacher
-from d2kd.pairing.recipe import RECIPE_YAML
+from d2kd.pairing.recipe import RECIPE_YAML, write_recipe
 
 from .arguments import (
     add_data,
@@ -84,17 +85,27 @@ def _use_names(args: argparse.Namespace) -> None:
         hold_folder(plan.output)
     if plan.teacher:
         _finetune(plan, args)
-    args.config_file, args.opts = plan.write(replace=args.force_resume), []
+    args.config_file, args.opts = _write(plan, args), []
     print(f"recipe   {args.config_file}", flush=True)
+
+
+def _write(plan: Plan, args: argparse.Namespace) -> str:
+    """The recipe of the student's run. With ``--force-resume`` it takes the place of the one that
+    is there, but only if the run can go on by it."""
+    if args.force_resume:
+        with tempfile.TemporaryDirectory() as folder:
+            trial = write_recipe(folder, plan.recipe, [])
+            setup(argparse.Namespace(**{**vars(args), "config_file": trial, "opts": []}))
+    return plan.write(replace=args.force_resume)
 
 
 def _finetune(plan: Plan, args: argparse.Namespace) -> None:
     """Both steps are shown with their times; the first one is taken."""
-    if is_finished(plan.teacher_folder) and args.force_resume:  # with changes for the student
+    if args.force_resume and checkpoint_names(plan.teacher_folder):  # changes are the student's
         first = os.path.join(plan.teacher_folder, RECIPE_YAML)
     else:
         first = plan.write_teacher()
-    second, processes = plan.write(replace=args.force_resume), processes_of(args)
+    second, processes = _write(plan, args), processes_of(args)
     for number, what, path in ((1, "the teacher", first), (2, "the student", second)):
         cfg = scale_to_processes(read_config(path), processes)
         if number == 1 and is_finished(plan.teacher_folder):

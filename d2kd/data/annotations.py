@@ -235,12 +235,15 @@ def _needed(
             text = f"'segmentation' is {mask!r:.60}, expected polygons, [[x1, y1, x2, ...], ...]"
             yield _of("mask that is none", ERROR, path, text, a)
         elif masks and isinstance(mask, list) and not any(map(_has_area, mask)):
-            text = f"'segmentation' is {mask!r:.60}, of which none has three points"
+            text = f"'segmentation' is {mask!r:.60}, of which none has three or more points"
             if evaluated:
                 yield _of("mask that is none", ERROR, path, text, a)
             else:
                 text += ": Detectron2 trains without this object"
                 yield _of("mask without area", WARNING, path, text, a)
+        elif masks and evaluated and isinstance(mask, list) and len(mask[0]) <= 4:
+            text = f"'segmentation' is {mask!r:.60}: COCO's evaluation takes the first for a box"
+            yield _of("mask that is none", ERROR, path, text, a)
         elif masks == "polygon" and isinstance(mask, dict) and not a.get("iscrowd"):
             text = "'segmentation' is in run lengths: set INPUT.MASK_FORMAT to bitmask"
             yield _of("mask in run lengths", ERROR, path, text, a)

@@ -150,8 +150,7 @@ class DistillTrainer(DefaultTrainer):
         return [*before, *stock[saving:evaluating], self._stop_hook, *self._hooks_after_saving]
 
     def _of_student(self, hook: HookBase) -> HookBase:
-        """Statistics of norms are measured with the student alone: the passes are none of training,
-        and need no teacher."""
+        """Statistics of norms are measured with the student alone, which needs no teacher here."""
         if not isinstance(hook, hooks.PreciseBN):
             return hook
         batches = self.cfg.TEST.PRECISE_BN.NUM_ITER
@@ -203,7 +202,11 @@ class DistillTrainer(DefaultTrainer):
 
     def is_finished(self) -> bool:
         """Whether the run that is resumed has done all steps and the evaluation after them."""
-        return self.start_iter >= self.max_iter and has_ended(self.cfg.OUTPUT_DIR, self.max_iter)
+        return self._final_is_saved() and has_ended(self.cfg.OUTPUT_DIR, self.max_iter)
+
+    def _final_is_saved(self) -> bool:
+        saved = os.path.basename(self.checkpointer.get_checkpoint_file())
+        return self.start_iter >= self.max_iter and saved == FINAL_WEIGHTS
 
     def train(self) -> OrderedDict:
         keep_quiet_of_user_errors()
@@ -244,16 +247,13 @@ class DistillTrainer(DefaultTrainer):
 
     def _save_final(self, iteration: int) -> None:
         """A run whose end was moved to where it is has not been saved as finished."""
-        saved = self.checkpointer.get_checkpoint_file()
-        if self.start_iter >= self.max_iter and os.path.basename(saved) != FINAL_WEIGHTS:
+        if self.start_iter >= self.max_iter and not self._final_is_saved():
             self._run_state.gather()
-            name, _ = os.path.splitext(FINAL_WEIGHTS)
-            self.checkpointer.save(name, iteration=iteration)
+            self.checkpointer.save(os.path.splitext(FINAL_WEIGHTS)[0], iteration=iteration)
 
     def run_step(self) -> None:
-        # The scripted focal loss of Detectron2 is optimised after its first call, which changes
-        # the last bits of its gradient: on a CPU, where steps repeat to the last bit, a resumed
-        # process would differ from one that went on.
+        # Optimising Detectron2's scripted focal loss after its first call changes the last bits of
+        # its gradient: on a CPU, where steps repeat exactly, a resumed process would differ.
         optimized = self.cfg.MODEL.DEVICE.startswith("cuda")
         with torch.jit.optimized_execution(optimized), self._errors_explained():
             self._run_finite_step()

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from d2kd import __version__
+from d2kd.errors import UserError
 from d2kd.views import any_family
 
 _RESIZED = (
@@ -31,7 +32,15 @@ def input_contract(student: nn.Module, cfg: CfgNode, classes: Sequence[str]) -> 
         student: the student.
         cfg: its config.
         classes: its names, in order; may be unknown.
+
+    Raises:
+        UserError: if the student does not keep how its pixels are normalised.
     """
+    if not hasattr(student, "pixel_mean"):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE '{type(student).__name__}' cannot be exported: it has no "
+            "pixel_mean and pixel_std, which its program would tell"
+        )
     pixels = any_family(student).pixels
     return {
         "architecture": type(student).__name__,

@@ -168,7 +168,7 @@ def _head_reads(node: CfgNode) -> Reads:
 class DeFeat(Distiller):
     """Decoupled imitation of FPN levels ("neck"), backbone stages and RoI classes ("head")."""
 
-    caveat = "its default weights are the authors' for VOC; for COCO one of them names 4 and 16"
+    caveat = "its default weights are the authors' for VOC; for COCO one of them names 4, 16"
 
     keys = {
         "NECK_OBJECT": term(

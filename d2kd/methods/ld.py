@@ -73,7 +73,7 @@ class LD(Distiller):
     """Box distributions of the anchors that learn an object, towards the teacher's. For detectors
     that predict such distributions: GFL."""
 
-    caveat = "the main region alone, the authors' weight times the 3 images that they sum over"
+    caveat = "the main region alone is distilled; the default weight is that for 3 images per GPU"
 
     keys = {
         "BBOX": term(

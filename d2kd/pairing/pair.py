@@ -86,6 +86,8 @@ def open_pair(student: str, teacher: str, opts: Sequence[str] = ()) -> Pair:
         )
     if len(opts) % 2:
         read_config(base, opts)  # says so in the user's words
+    if "DISTILL.TEACHER.CONFIG" in opts[::2]:
+        raise UserError("DISTILL.TEACHER.CONFIG does not go with --teacher: name that config there")
     config, weights = _teacher_of(teacher)
     named = {"CONFIG": config, "WEIGHTS": weights, "OPTS": [], "PRECISION": ""}
     words = [word for k, v in named.items() for word in (f"DISTILL.TEACHER.{k}", v)]

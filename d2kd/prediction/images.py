@@ -22,8 +22,8 @@ def image_files(words: Sequence[str]) -> List[str]:
     """The files that a command line names, each once.
 
     Args:
-        words: files, folders (of which those files are taken that have the ending of an image), or
-            patterns such as ``photographs/*.jpg``.
+        words: files, folders (of which those files are taken that have the ending of an image, but
+            no hidden ones), or patterns such as ``photographs/*.jpg``.
 
     Raises:
         UserError: for a word that names nothing.

@@ -9,6 +9,7 @@ from d2kd.cli import train
 from d2kd.cli.main import main
 from d2kd.config import read_config
 from d2kd.engine.holding import _let_go as let_go
+from d2kd.errors import UserError
 
 TINY = "shapes/baselines/fcos_tiny"
 NAMES = ["--student", TINY, "--teacher", f"{TINY}_teacher"]
@@ -43,10 +44,8 @@ def test_the_recipe_of_a_run_in_progress_stays(started, tmp_path):
     words = ["train", *NAMES, "OUTPUT_DIR", str(tmp_path)]
     main([*words, "--method", "PKD"])
     before = (tmp_path / "recipe.yaml").read_text()
-    hold = (
-        f"import time; from d2kd.engine.holding import hold_folder; hold_folder({str(tmp_path)!r})"
-    )
-    script = f"{hold}; print('held', flush=True); time.sleep(100)"
+    hold = f"from d2kd.engine.holding import hold_folder; hold_folder({str(tmp_path)!r})"
+    script = f"import time; {hold}; print('held', flush=True); time.sleep(100)"
     let_go()
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
@@ -72,18 +71,30 @@ def test_the_teachers_run_comes_first_and_once(started, tmp_path, capsys):
     assert "step 1   the teacher is trained already" in capsys.readouterr().out
 
 
-def test_changes_can_be_insisted_on_by_names(started, tmp_path):
+def test_changes_can_be_insisted_on_by_names(started, tmp_path, monkeypatch):
     words = ["train", *NAMES, "--finetune-teacher", "--num-gpus", "0", "OUTPUT_DIR", str(tmp_path)]
     main([*words, "SOLVER.MAX_ITER", "5"])
     teacher = (tmp_path / "teacher" / "recipe.yaml").read_text()
-    for folder in (tmp_path, tmp_path / "teacher"):
-        (folder / "model_final.pth").touch()
+    (tmp_path / "model_final.pth").touch()
+    (tmp_path / "teacher" / "model_0000001.pth").touch()  # it has not come to its end
     with pytest.raises(SystemExit):
         main([*words, "SOLVER.MAX_ITER", "9", "--resume"])
+    student, asked = (tmp_path / "recipe.yaml").read_text(), []
+
+    def refuse(args):
+        asked.append(read_config(args.config_file, args.opts).SOLVER.MAX_ITER)
+        raise UserError("it cannot go on")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "setup", refuse)
+        main([*words, "SOLVER.MAX_ITER", "9", "--force-resume"])
+    assert asked == [9] and (tmp_path / "recipe.yaml").read_text() == student
+    monkeypatch.setattr(train, "setup", lambda args: None)
     main([*words, "SOLVER.MAX_ITER", "9", "--force-resume"])
     assert read_config(str(tmp_path / "recipe.yaml")).SOLVER.MAX_ITER == 9
     assert (tmp_path / "teacher" / "recipe.yaml").read_text() == teacher
-    assert len(started) == 3  # the teacher, and the student twice
+    students = [path for path, _ in started if path == f"{tmp_path}/recipe.yaml"]
+    assert len(students) == 2
 
 
 def test_both_steps_are_shown_as_they_will_run(started, tmp_path, capsys):

@@ -144,6 +144,8 @@ def test_masks_in_run_lengths_are_learned_as_bitmasks_alone():
     [
         ([[1, 1, 9, 1, 9, 9]], "", ""),
         ([[1, 1, 9, 1, 9, 9], [1, 1]], "", ""),  # Detectron2 leaves the second one out
+        ([[1, 1], [1, 1, 9, 1, 9, 9]], "", "mask that is none"),
+        ([[], [1, 1, 9, 1, 9, 9]], "", "mask that is none"),
         ([[1, 1, 9, None, 9, 9]], "mask that is none", "mask that is none"),
         ([["1", "1", "9", "1", "9", "9"]], "mask that is none", "mask that is none"),
         ([1, 1, 9, 1, 9, 9], "mask that is none", "mask that is none"),

@@ -317,9 +317,12 @@ def test_a_finished_run_is_left_as_it_is(cfg, command, capsys):
     assert "nothing is left to do" in capsys.readouterr().out
 
 
-def test_a_run_whose_end_is_moved_to_where_it_is_gets_its_last_student(cfg, command, capsys):
+@pytest.mark.parametrize("later", ['"total_loss": 1.0, "rpn/num": 2.0', '"bbox/AP": 3.0'])
+def test_a_run_whose_end_is_moved_to_where_it_is_gets_its_last_student(cfg, command, capsys, later):
     """Also if it had gone further, and its metrics tell of that."""
-    cfg.SOLVER.MAX_ITER = 40  # of which 7 steps are in the metrics
+    cfg.SOLVER.MAX_ITER = 40
+    with open(path_of(cfg, "metrics.json"), "a") as f:
+        f.write(f'{{"iteration": 9, {later}}}\n')
     assert command("SOLVER.MAX_ITER", 6, flags=("--force-resume",)) is None
     assert "nothing is left to do" not in capsys.readouterr().out
     final = torch.load(path_of(cfg, "model_final.pth"), weights_only=True)

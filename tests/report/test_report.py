@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from contract.cells import all_cells, build_cell, with_masks
+from detectron2.data import DatasetCatalog
 from toys import batch
 
 from d2kd.cli.main import main
@@ -164,6 +165,14 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(distilled, tmp_path):
     assert "which is not here: DISTILL.TEACHER.WEIGHTS is" in page.text
     assert "Not shown: DATASETS.TEST: there is no data set 'gone_val'" in page.text
     assert "The run recorded none." in page.text
+    assert "losses over iterations" in page.pictures
+
+
+def test_data_whose_loader_fails_are_left_out(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: None.images)
+    write_report([plain], None, str(tmp_path / "report.html"))
+    page = Page(tmp_path / "report.html")
+    assert "Not shown: the images of toy_val cannot be had" in page.text
     assert "losses over iterations" in page.pictures
 
 

@@ -23,11 +23,11 @@ __all__ = [
     "Terms",
     "check_returned",
     "conv_adapters",
+    "drop_unregistered",
     "identity_adapters",
     "loss_name",
     "matching_adapters",
     "scalar_name",
-    "drop_unregistered",
     "term",
     "unregistered",
 ]

@@ -316,8 +316,8 @@ def find_family(detector: nn.Module) -> Optional[Family]:
 
 
 def any_family(detector: nn.Module) -> Family:
-    """The family of a detector, or for one without, what every detector has: its backbone, pixels
-    and name, though nothing of it can be distilled."""
+    """The family of a detector; of one without, what is the same in all of Detectron2's: its name,
+    backbone and pixels, though nothing of it can be distilled."""
     return find_family(detector) or Family(detector)
 
 
