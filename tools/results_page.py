@@ -26,7 +26,7 @@ import numpy as np
 from tabulate import tabulate
 
 from d2kd.comparison.cells import Cell, by_label, read_cells
-from d2kd.comparison.tables import gain, mean_and_deviation, table
+from d2kd.comparison.tables import difference, gain, mean_and_deviation, table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -116,8 +116,9 @@ def origin(name: str, cells: List[Cell]) -> str:
 
 
 def equal_time(detector: str, name: str) -> str:
-    """A table of the methods that were trained with all seeds of the longer trainings, beside the
-    plain student that is trained for the time that they take.
+    """A table of the methods beside the plain student that is trained for the time that they take,
+    at the seeds that both were trained with. Where the plain student has several, a method needs
+    two.
 
     Args:
         detector: whose costs of a step are read, and longer trainings.
@@ -130,9 +131,9 @@ def equal_time(detector: str, name: str) -> str:
     body = []
     for label, cells in by_label(read_runs(name)).items():
         method = label.rpartition(", ")[0] or label
-        if method not in costs or not plain.keys() <= {cell.seed for cell in cells}:
-            continue
         cells = [cell for cell in cells if cell.seed in plain]
+        if method not in costs or len(cells) < min(2, len(plain)):
+            continue
         aps = mean_and_deviation([cell.results["AP"] for cell in cells])
         beside = beside_plain(cells, costs[method], plain)
         body.append([label, f"{costs[method]:.2f}", aps, beside.plain, beside.difference])
@@ -159,9 +160,7 @@ def beside_plain(cells: List[Cell], cost: float, plain: Dict[int, Curve]) -> Bes
     differences = [cell.results["AP"] - ap for cell, ap in zip(cells, at_equal_time)]
     longest = max(plain[cells[0].seed][0])
     above, below = ("> ", "< ") if cost > longest else ("", "")  # plain has yet more time
-    return Beside(
-        above + mean_and_deviation(at_equal_time), below + mean_and_deviation(differences, "+")
-    )
+    return Beside(above + mean_and_deviation(at_equal_time), below + difference(differences))
 
 
 def plain_over_time(detector: str, name: str) -> Dict[int, Curve]:

@@ -71,29 +71,38 @@ def table(rows: Dict[str, List[Cell]], baseline: str, costs: bool = True) -> str
         rows: the cells of every row, by label.
         baseline: label of the row that gains are counted from; without that row, there are none.
         costs: add parameters and seconds.
+
+    Returns:
+        the table, with the number of seeds of every row where they differ.
     """
     body = []
+    seeds_differ = len({len(cells) for cells in rows.values()}) > 1
     for label, cells in rows.items():
-        columns = [mean_and_deviation([cell.results[m] for cell in cells]) for m in METRICS]
+        columns = [str(len(cells))] if seeds_differ else []
+        columns += [mean_and_deviation([cell.results[m] for cell in cells]) for m in METRICS]
         columns.append(gain(cells, rows.get(baseline, [])) if label != baseline else "")
         if costs:
             columns.append(f"{cells[0].parameters:.2f}")
             known = all(cell.seconds for cell in cells)
             columns.append(f"{np.mean([cell.seconds for cell in cells]):.0f}" if known else "")
         body.append([label, *columns])
-    headers = ["", *METRICS, f"gain over {baseline}"]
+    headers = ["", *(["seeds"] if seeds_differ else []), *METRICS, f"gain over {baseline}"]
     headers += ["parameters (M)", "seconds"] if costs else []
     return tabulate(body, headers, tablefmt="github", disable_numparse=True)
 
 
 def gain(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
-    """Mean and deviation of what rows differ by at equal seeds. From five seeds on with the p value
-    of a paired t-test: the chance of a mean as far from 0 if there were no difference. "" for a
-    detector that was not trained, or has no seed in common.
+    """What rows differ by at equal seeds, see :func:`difference`. "" for a detector that was not
+    trained, or has no seed in common.
     """
     values = gains(cells, baseline)
-    if not values:
-        return ""
+    return difference(values) if values else ""
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean and deviation of what two rows differ by at equal seeds. From five seeds on with the p
+    value of a paired t-test: the chance of a mean as far from 0 if there were no difference.
+    """
     text = mean_and_deviation(values, "+")
     if len(values) < MIN_PAIRS or len(set(values)) == 1:
         return text

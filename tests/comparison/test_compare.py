@@ -328,6 +328,16 @@ def test_gains_are_tested_from_five_seeds_on():
     assert "p =" not in table(rows, "plain")
 
 
+def test_rows_of_different_numbers_of_seeds_say_how_many():
+    rows = by_label([*cells_of("plain", (10.0, 20.0, 30.0)), *cells_of("taught", (13.0, 23.0))])
+    header, _, plain, taught = (
+        line.split("|")[2].strip() for line in table(rows, "plain").splitlines()
+    )
+    assert (header, plain, taught) == ("seeds", "3", "2")
+    rows = {label: cells[:2] for label, cells in rows.items()}
+    assert "seeds" not in table(rows, "plain")
+
+
 def test_equal_rows_have_no_p_value():
     rows = by_label([*cells_of("plain", (1.0,) * 5), *cells_of("same", (1.0,) * 5)])
     assert "| +0.0 ± 0.0 " in table(rows, "plain") and "nan" not in table(rows, "plain")
