@@ -13,6 +13,11 @@ from d2kd.views import Features
 logger = logging.getLogger(__name__)
 
 _MOST = 0.5  # of the objects
+# What else could be compared, by the method that does
+_INSTEAD = {
+    "GDetKD": "compare regions (--method GDetKD)",
+    "HGD": "compare backbone stages (--method HGD)",
+}
 
 
 def warn_of_unused_levels(model: nn.Module, boxes: List[Boxes]) -> None:
@@ -35,10 +40,10 @@ def warn_of_unused_levels(model: nn.Module, boxes: List[Boxes]) -> None:
     share = elsewhere.float().mean().item()
     if share > _MOST:
         level = strides[elsewhere].mode().values.item()
+        instead = [advice for name, advice in _INSTEAD.items() if name not in methods]
         logger.warning(
             f"the teacher's box head pools {share:.0%} of the objects from its level of stride "
             f"{level}, which the student lacks. On those that {', '.join(sorted(methods))} may "
             "compare it has learned little, and they can make the student worse "
-            "(docs/results/side-by-side.md): compare regions (--method GDetKD) or backbone stages "
-            "(--method HGD), or take a dense teacher"
+            f"(docs/results/side-by-side.md): {', or '.join([*instead, 'take a dense teacher'])}"
         )

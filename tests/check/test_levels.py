@@ -17,6 +17,7 @@ SMALL, LARGE = (
     Boxes(torch.tensor([[0.0, 0.0, 300, 200]])),
 )
 STAGES = ["DISTILL.HGD.STAGES", ["res3"]]
+NECK = ["DISTILL.HGD.SOURCE", "neck"]
 FROM_P3 = ["MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4", "p5"]]
 
 
@@ -25,6 +26,7 @@ FROM_P3 = ["MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4", "p5"]]
     [
         ("FCOS", ["PKD", "MGD"], [SMALL], {}, "from its level of stride 4, .* that MGD, PKD may"),
         ("FCOS", ["PKD"], [SMALL, SMALL, LARGE], {}, "pools 67% of the objects"),
+        ("FCOS", ["HGD"], [SMALL], {"opts": NECK}, r"\(--method GDetKD\), or take a dense"),
         ("FCOS", ["PKD"], [SMALL, LARGE], {}, ""),
         ("FCOS", ["PKD"], [SMALL[:0]], {}, ""),
         ("FCOS", ["PKD"], [SMALL], {"teacher_opts": FROM_P3}, ""),
