@@ -12,7 +12,7 @@ from d2kd.data.described import num_classes_described, resolve_datasets
 from d2kd.errors import UserError, nearest
 from d2kd.layers.precision import PRECISIONS
 from d2kd.lazy import (
-    in_words_of,
+    errors_in_lazy_words,
     is_python,
     load_program,
     refuse_incomplete,
@@ -225,7 +225,7 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
     """
     program = load_program(path, opts, opts_key)
     refuse_incomplete(program, path)
-    with in_words_of(lazy=True):
+    with errors_in_lazy_words():
         cfg.MODEL.META_ARCHITECTURE = _class_name(program.model, path)
         _use_defaults_of(cfg, cfg.MODEL.META_ARCHITECTURE)
         with _yacs_errors_explained(cfg, f"{path} and {opts_key}" if opts else path):

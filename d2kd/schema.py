@@ -3,8 +3,20 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    MutableMapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
+import yaml
 from detectron2.config import CfgNode
 
 from d2kd.errors import UserError, nearest
@@ -73,13 +85,21 @@ class Key:
             return f"give a number above {self.above:g}"
         if self.below is not None and value >= self.below:
             return f"give a number below {self.below:g}"
-        if self.low <= value <= self.high:
-            return None
+        return None if self.low <= value <= self.high else f"give {self._range()}"
+
+    def _range(self) -> str:
+        """What ``low`` and ``high`` leave; "" if they leave all."""
         if math.isinf(self.high):
-            return f"give {self.low:g} or more"
+            return "" if math.isinf(self.low) else f"{self.low:g} or more"
         if math.isinf(self.low):
-            return f"give {self.high:g} or less"
-        return f"give {self.low:g} ... {self.high:g}"
+            return f"{self.high:g} or less"
+        return f"{self.low:g} ... {self.high:g}"
+
+    def bounds(self) -> str:
+        """What a number may be, such as "0 or more, below 1"; "" if any is allowed."""
+        above = f"above {self.above:g}" if self.above is not None else ""
+        below = f"below {self.below:g}" if self.below is not None else ""
+        return ", ".join(filter(None, (above, self._range(), below)))
 
 
 Keys = Mapping[str, Union[Key, Mapping]]
@@ -145,19 +165,37 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any
 
 
 def get_value(node: CfgNode, key: str) -> Any:
-    """What stands at a place below a node, such as ``"CLS.WEIGHT"``."""
+    """The value of a key below a node, such as ``"CLS.WEIGHT"``."""
     value: Any = node
     for part in key.split("."):
         value = value[part]
     return value
 
 
-def set_value(node: CfgNode, key: str, value: Any) -> None:
-    """Changes what stands at a place below a node."""
+def set_value(node: MutableMapping[str, Any], key: str, value: Any) -> None:
+    """Sets the value of a key below a node, and makes the nodes between that are missing."""
     *parents, name = key.split(".")
     for part in parents:
-        node = node[part]
+        node = node.setdefault(part, {})
     node[name] = value
+
+
+def plain_values(node: CfgNode) -> Dict[str, Any]:
+    """A node as it comes back from a YAML: nested dicts, and lists for tuples."""
+    return yaml.safe_load(node.dump())
+
+
+def changed(after: CfgNode, before: CfgNode) -> CfgNode:
+    """The values of one node that another lacks or has otherwise."""
+    found = CfgNode()
+    for name, value in after.items():
+        if isinstance(value, CfgNode):
+            value = changed(value, before.get(name, CfgNode()))
+            if value:
+                found[name] = value
+        elif value != before.get(name):
+            found[name] = value
+    return found
 
 
 def check_node(node: CfgNode, keys: Keys, prefix: str) -> None:

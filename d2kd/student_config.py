@@ -9,6 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from d2kd.config import SOLVER_KEYS, default_config
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.modeling.config import NODES
+from d2kd.schema import changed
 
 # The nodes of MODEL that are of backbones
 _BODIES = ("TIMM", "BASIC_RESNET")
@@ -61,18 +62,6 @@ def student_config(cfg: CfgNode) -> CfgNode:
     del cfg["DISTILL"], cfg["RUN"], cfg.DATASETS["DESCRIBED"]
     for key in SOLVER_KEYS:
         del cfg.SOLVER[key]
-    student = _difference(cfg, defaults)
+    student = changed(cfg, defaults)
     student.VERSION = cfg.VERSION
     return student
-
-
-def _difference(cfg: CfgNode, defaults: CfgNode) -> CfgNode:
-    changed = CfgNode()
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            value = _difference(value, defaults.get(key, CfgNode()))
-            if value:
-                changed[key] = value
-        elif value != defaults.get(key):
-            changed[key] = value
-    return changed

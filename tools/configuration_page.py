@@ -8,7 +8,6 @@ With ``--check`` nothing is written; the exit status tells whether the page is u
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple, Type
@@ -81,22 +80,11 @@ def allowed(key: Key) -> str:
     """What a key's values may be, beside their type."""
     if key.choices:
         return ", ".join(code(choice) for choice in key.choices)
-    parts = [bounds(key)] if bounds(key) else []
+    parts = [key.bounds()] if key.bounds() else []
     if key.length is not None:
         lengths = (key.length,) if isinstance(key.length, int) else key.length
         parts.append(f"{' or '.join(map(str, lengths))} values")
     return ", ".join(parts)
-
-
-def bounds(key: Key) -> str:
-    """The range of a number; "" if any is allowed."""
-    if key.above is not None:
-        return f"above {key.above:g}"
-    if key.below is not None:
-        return f"{key.low:g} or more, below {key.below:g}"
-    if math.isinf(key.low) and math.isinf(key.high):
-        return ""
-    return f"{key.low:g} or more" if math.isinf(key.high) else f"{key.low:g} … {key.high:g}"
 
 
 def row(name: str, key: Key, default: str = "") -> Tuple[str, ...]:

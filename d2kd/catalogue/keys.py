@@ -1,7 +1,6 @@
 """Every config key of d2kd's, and what it may be."""
 
-import math
-from typing import Dict, Iterator, List, Mapping, Tuple, Type
+from typing import Dict, Iterator, Mapping, Tuple, Type
 
 from d2kd.config import DATASETS_KEYS, DISTILL_KEYS, RUN_KEYS, SOLVER_KEYS
 from d2kd.methods import DISTILLER_REGISTRY, Distiller
@@ -37,29 +36,14 @@ def keys_of(method: Type[Distiller]) -> Iterator[Tuple[str, Key]]:
 
 
 def what_it_may_be(key: Key) -> str:
-    """``a number, 0 or more``"""
+    """The type and the bounds of a key's value in words, such as "a number, 0 or more"."""
     is_list = isinstance(key.default, (list, tuple))
     kind = (key.item or type(key.default[0])) if is_list else type(key.default)
     if key.choices is not None:
         text = "one of " + ", ".join(repr(choice) for choice in key.choices)
     else:
-        text = TYPES.get(kind, "anything") + _bounds(key)
+        text = ", ".join(filter(None, (TYPES.get(kind, "anything"), key.bounds())))
     return f"a list, each {text}" if is_list else text
-
-
-def _bounds(key: Key) -> str:
-    bounds: List[str] = []
-    if key.above is not None:
-        bounds.append(f"above {key.above:g}")
-    if math.isfinite(key.low) and math.isfinite(key.high):
-        bounds.append(f"{key.low:g} ... {key.high:g}")
-    elif math.isfinite(key.low):
-        bounds.append(f"{key.low:g} or more")
-    elif math.isfinite(key.high):
-        bounds.append(f"{key.high:g} or less")
-    if key.below is not None:
-        bounds.append(f"below {key.below:g}")
-    return "".join(f", {bound}" for bound in bounds)
 
 
 def defaults_by_student(name: str) -> Mapping[str, Tuple[object, str]]:

@@ -2,7 +2,7 @@
 numbers."""
 
 import functools
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from detectron2.config import CfgNode
 
@@ -44,12 +44,9 @@ def reads_of(method: str) -> Tuple[str, str, TermReads]:
         kind of the student; of the teacher; per term, the reads of both.
     """
     for student, teacher in _all_pairs():
-        cfg = _with_method(student, method)
-        try:
-            reads = declared_reads(cfg, _detector(student).family, _detector(teacher).family)
-        except UserError:
-            continue
-        return student, teacher, {term: (r.student, r.teacher) for (_, term), r in reads.items()}
+        reads = _declared(student, teacher, method)
+        if reads is not None:
+            return student, teacher, reads
     return "", "", {}
 
 
@@ -57,12 +54,8 @@ def teachers_of(method: str) -> Dict[str, List[str]]:
     """The kinds of teachers that a method works with, by kind of student."""
     found: Dict[str, List[str]] = {kind: [] for kind in _DETECTORS}
     for student, teacher in _all_pairs():
-        cfg = _with_method(student, method)
-        try:
-            declared_reads(cfg, _detector(student).family, _detector(teacher).family)
-        except UserError:
-            continue
-        found[student].append(teacher)
+        if _declared(student, teacher, method) is not None:
+            found[student].append(teacher)
     return found
 
 
@@ -72,10 +65,15 @@ def _all_pairs() -> Iterator[Tuple[str, str]]:
     return iter(sorted(pairs, key=lambda pair: pair[0] != pair[1]))
 
 
-def _with_method(student: str, method: str) -> CfgNode:
+def _declared(student: str, teacher: str, method: str) -> Optional[TermReads]:
+    """Per term, what a method reads of two kinds of detectors; None if it does not work there."""
     cfg = _detector(student).cfg.clone()
     cfg.DISTILL.METHODS = [method]
-    return cfg
+    try:
+        reads = declared_reads(cfg, _detector(student).family, _detector(teacher).family)
+    except UserError:
+        return None
+    return {term: (r.student, r.teacher) for (_, term), r in reads.items()}
 
 
 def kinds() -> List[str]:

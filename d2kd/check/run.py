@@ -21,7 +21,7 @@ from d2kd.distillation.pair_report import WEIGHTS_FROM
 from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
 from d2kd.engine.scaling import scale_to_processes
 from d2kd.errors import UserError, reason
-from d2kd.lazy import in_words_of, is_lazy
+from d2kd.lazy import errors_in_words_of
 from d2kd.one_line import LOGGERS
 
 from .evaluations import ap_of_annotations, ap_of_teacher
@@ -121,7 +121,7 @@ def _attempt(name: str, cfg: CfgNode, action: Callable[[], List[str]], debug: bo
     """A part that ends at the first thing that is wrong, which is said in the config's words."""
     with _Log() as log:
         try:
-            with in_words_of(is_lazy(cfg)):
+            with errors_in_words_of(cfg):
                 log.lines += action()
         except UserError as error:
             log.add("failed", ERROR, str(error))

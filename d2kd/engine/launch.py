@@ -27,7 +27,7 @@ from d2kd.data.classes import class_names_of
 from d2kd.data.described import register_described
 from d2kd.distillation import build_detector
 from d2kd.errors import UserError
-from d2kd.lazy import config_text, in_words_of, is_lazy
+from d2kd.lazy import config_text, errors_in_words_of, is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.one_line import exit_on_user_error, exit_status
 
@@ -68,7 +68,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         )
     args.resume = args.resume or args.force_resume
     cfg = read_config(args.config_file, args.opts)
-    with in_words_of(is_lazy(cfg)):
+    with errors_in_words_of(cfg):
         if args.eval_only:
             _choose_weights(cfg, args.resume)
             refuse_not_evaluated(cfg)
@@ -186,14 +186,14 @@ def evaluate(cfg: CfgNode) -> dict:
 
 
 def _run_reporting(args: argparse.Namespace, cfg: CfgNode) -> None:
-    with exit_on_user_error(args.debug), in_words_of(is_lazy(cfg)):
+    with exit_on_user_error(args.debug), errors_in_words_of(cfg):
         run(args, cfg)
 
 
 def _run_among(place: Place, store: dist.Store, args: argparse.Namespace, cfg: CfgNode) -> None:
     """:func:`_run_reporting` in one of several processes."""
     is_first = partial(is_first_to_tell, store)
-    with exit_on_user_error(args.debug, is_first), in_words_of(is_lazy(cfg)):
+    with exit_on_user_error(args.debug, is_first), errors_in_words_of(cfg):
         run_joined(place, store, cfg, partial(run, args, cfg))
 
 
@@ -233,7 +233,7 @@ def _set_up_and_hold(args: argparse.Namespace) -> CfgNode:
     cfg = setup(args)
     if not args.eval_only and args.machine_rank == 0:
         hold_folder(cfg.OUTPUT_DIR)
-        with in_words_of(is_lazy(cfg)):  # another process may have trained there in the meantime
+        with errors_in_words_of(cfg):  # another process may have trained there in the meantime
             _refuse_other_run(cfg, args)
     return cfg
 

@@ -5,7 +5,6 @@ import os
 import re
 from typing import Any, Container, Dict, List, Mapping, Sequence, Set, Tuple
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -15,7 +14,7 @@ from d2kd.errors import UserError
 from d2kd.lazy import comparable, is_lazy, is_python, lazy_config, load_program, to_program
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import read_yaml
-from d2kd.schema import leaves
+from d2kd.schema import leaves, plain_values
 from d2kd.writing import written_whole
 
 logger = logging.getLogger(__name__)
@@ -183,7 +182,7 @@ def _read_program(path: str) -> Dict[str, Any]:
 
 def _defaults(cfg: CfgNode) -> Dict[str, Any]:
     """Those that a config has of itself; a Python config has d2kd's alone."""
-    plain = yaml.safe_load(default_config().dump())
+    plain = plain_values(default_config())
     return {"distill": plain["DISTILL"]} if is_lazy(cfg) else plain
 
 
@@ -201,4 +200,4 @@ def _counts(key: str, evaluation: bool) -> bool:
 
 def _plain(cfg: CfgNode) -> Dict[str, Any]:
     """As it comes back from a file: lists for tuples."""
-    return comparable(lazy_config(cfg)) if is_lazy(cfg) else yaml.safe_load(cfg.dump())
+    return comparable(lazy_config(cfg)) if is_lazy(cfg) else plain_values(cfg)

@@ -6,16 +6,25 @@ So a run has a ``CfgNode`` in either case, which is what counts; that of a Pytho
 calls with it, as text under ``LAZY``. No file in YAML can set that key.
 """
 
-from .places import PLACES, in_words_of, values_of
+from .places import PLACES, errors_in_lazy_words, values_of
 from .program import is_python, load_program, python_overrides, refuse_incomplete
-from .run import config_text, is_lazy, lazy_config, set_num_classes, target_of, test_size
+from .run import (
+    config_text,
+    errors_in_words_of,
+    is_lazy,
+    lazy_config,
+    set_num_classes,
+    target_of,
+    test_size,
+)
 from .text import comparable, to_program, to_text
 
 __all__ = [
     "PLACES",
     "comparable",
     "config_text",
-    "in_words_of",
+    "errors_in_lazy_words",
+    "errors_in_words_of",
     "is_lazy",
     "is_python",
     "lazy_config",

@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator
 from omegaconf import DictConfig, OmegaConf
 
 from d2kd.errors import UserError
+from d2kd.schema import set_value
 
 # Detectron2's YAML key -> where a Python config has it
 PLACES = {
@@ -57,11 +58,7 @@ def values_of(config: DictConfig) -> Dict[str, Any]:
         value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
             value = (value,) if isinstance(value, (str, dict)) else tuple(value)
-        *parents, name = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
+        set_value(tree, key, value)
     return tree
 
 
@@ -77,15 +74,9 @@ def in_lazy_words(message: str) -> str:
 
 
 @contextlib.contextmanager
-def in_words_of(lazy: bool) -> Iterator[None]:
-    """Lets the messages of errors speak of the keys of a Python config.
-
-    Args:
-        lazy: whether there is one; else nothing changes.
-    """
+def errors_in_lazy_words() -> Iterator[None]:
+    """Lets the messages of errors speak of the keys of a Python config."""
     try:
         yield
     except UserError as error:
-        if not lazy:
-            raise
         raise UserError(in_lazy_words(str(error))) from error

@@ -1,7 +1,8 @@
 """The Python config of a run, which its ``CfgNode`` carries with it."""
 
+import contextlib
 import sys
-from typing import Any, Optional, Tuple
+from typing import Any, ContextManager, Optional, Tuple
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -9,9 +10,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from d2kd.schema import get_value
+from d2kd.schema import get_value, plain_values
 
-from .places import NODES, OWN_DEFAULTS, PLACES
+from .places import NODES, OWN_DEFAULTS, PLACES, errors_in_lazy_words
 from .text import to_text
 
 _ABSENT = object()
@@ -42,6 +43,11 @@ def is_lazy(cfg: CfgNode) -> bool:
     return "LAZY" in cfg
 
 
+def errors_in_words_of(cfg: CfgNode) -> ContextManager[None]:
+    """Lets the messages of errors speak of a run's keys as its config has them."""
+    return errors_in_lazy_words() if is_lazy(cfg) else contextlib.nullcontext()
+
+
 def lazy_config(cfg: CfgNode) -> DictConfig:
     """The Python config of a run, with what its ``CfgNode`` says."""
     config = OmegaConf.create(yaml.unsafe_load(cfg.LAZY), flags={"allow_objects": True})
@@ -54,7 +60,7 @@ def lazy_config(cfg: CfgNode) -> DictConfig:
                 value = value[0] if len(value) == 1 else list(value)
             OmegaConf.update(config, place, value, merge=False, force_add=True)
     for key, place in NODES.items():
-        OmegaConf.update(config, place, yaml.safe_load(cfg[key].dump()), merge=False)
+        OmegaConf.update(config, place, plain_values(cfg[key]), merge=False)
     return config
 
 

@@ -4,9 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any, Dict, Mapping, Sequence
+from typing import Any, Dict, Sequence
 
-import yaml
 from detectron2.config import CfgNode
 
 from d2kd.checkpoint import newest_checkpoint
@@ -18,6 +17,7 @@ from d2kd.errors import UserError
 from d2kd.lazy import is_python
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.one_line import exit_status, handled
+from d2kd.schema import changed, plain_values
 from d2kd.views import build_family
 
 from .pair import Pair
@@ -39,7 +39,8 @@ def teacher_recipe(pair: Pair, folder: str) -> Dict[str, Any]:
     cfg = read_config(pair.teacher, node.OPTS)
     content: Dict[str, Any] = {"_BASE_": pair.teacher}
     merge(content, nested(node.OPTS))
-    same = _changes(_plain(cfg), _plain(pair.cfg), _AS_THE_STUDENT)
+    changes = plain_values(changed(pair.cfg, cfg))
+    same = {name: changes[name] for name in _AS_THE_STUDENT if name in changes}
     same.get("INPUT", {}).pop("FORMAT", None)
     merge(content, same)
     merge(content, {"MODEL": {"WEIGHTS": pair.weights, "DEVICE": pair.cfg.MODEL.DEVICE}})
@@ -95,25 +96,6 @@ def train_teacher(recipe: str, options: Sequence[str]) -> None:
             status = process.wait()
     if status:
         sys.exit(exit_status(-status) if status < 0 else status)
-
-
-def _plain(cfg: CfgNode) -> Dict[str, Any]:
-    return yaml.safe_load(cfg.dump())
-
-
-def _changes(
-    before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]
-) -> Dict[str, Any]:
-    """What differs below some keys, nested."""
-    changes: Dict[str, Any] = {}
-    for name in names:
-        if isinstance(after[name], dict):
-            within = _changes(before[name], after[name], list(after[name]))
-            if within:
-                changes[name] = within
-        elif after[name] != before[name]:
-            changes[name] = after[name]
-    return changes
 
 
 def _heads(cfg: CfgNode, count: int) -> Dict[str, Dict[str, int]]:

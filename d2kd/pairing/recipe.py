@@ -13,7 +13,7 @@ from d2kd.checkpoint import STUDENT_PROGRAM, STUDENT_YAML, checkpoint_names
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import plain_yaml, read_value
-from d2kd.schema import get_value
+from d2kd.schema import get_value, plain_values, set_value
 from d2kd.writing import written_whole
 
 from .pair import Pair
@@ -54,10 +54,10 @@ def _values(cfg: CfgNode, name: str) -> Dict[str, Any]:
     keys = [f"{term.upper()}.WEIGHT" for term in method.enabled_terms(node)]
     defaults = method.defaults_for(cfg.MODEL.META_ARCHITECTURE)
     keys += [key for key in (defaults.values if defaults else ()) if key not in keys]
-    plain = yaml.safe_load(node.dump())
+    plain = plain_values(node)
     values: Dict[str, Any] = {}
     for key in keys:
-        merge(values, nested([key, get_value(plain, key)]))
+        set_value(values, key, get_value(plain, key))
     return values
 
 
@@ -76,11 +76,7 @@ def nested(opts: Sequence[Any]) -> Dict[str, Any]:
     """KEY VALUE ... as a YAML has them, values read as Detectron2 reads those of a command."""
     content: Dict[str, Any] = {}
     for key, value in zip(opts[::2], opts[1::2]):
-        *parents, name = str(key).split(".")
-        node = content
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[name] = _plain(value)
+        set_value(content, str(key), _plain(value))
     return content
 
 

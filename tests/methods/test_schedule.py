@@ -71,7 +71,8 @@ def test_bad_values_name_the_key(key, value):
 
 
 def test_from_config():
-    node = config_node(term(2.0, warmup_iters=10, decay="linear"))
+    node = config_node(term(2.0, warmup_iters=10))
+    node.DECAY = "linear"
     node.LEVEL_WEIGHTS, node.START_ITER, node.STOP_ITER = [1.0, 0.5], 20, 80
     schedule = TermSchedule.from_config(node, max_iter=100)
     assert [schedule(i) for i in (19, 25, 50, 80)] == pytest.approx([0, 0.75, 1, 0])

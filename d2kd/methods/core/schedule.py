@@ -29,14 +29,13 @@ DECAYS: Dict[str, ParamScheduler] = {
 }
 
 
-def term(weight: float, help: str = "", warmup_iters: int = 0, decay: str = "constant") -> Keys:
+def term(weight: float, help: str = "", warmup_iters: int = 0) -> Keys:
     """The config keys that every loss term has.
 
     Args:
         weight: default of ``WEIGHT``. 0 switches the term off: it is neither built nor computed.
         help: what the term is, and where the weight comes from.
         warmup_iters: default of ``WARMUP_ITERS``.
-        decay: default of ``DECAY``, one of :data:`DECAYS`.
     """
     return {
         "WEIGHT": Key(float(weight), help, low=0),
@@ -49,7 +48,7 @@ def term(weight: float, help: str = "", warmup_iters: int = 0, decay: str = "con
             low=0,
         ),
         "DECAY": Key(
-            decay,
+            "constant",
             "constant, linear or cosine (to 0 at the end of training), up_down (to 2x at a "
             "quarter, then to 0)",
             choices=tuple(DECAYS),
@@ -90,7 +89,6 @@ class TermSchedule:
         self.stop_iter = stop_iter or float("inf")
         self._decay = DECAYS[decay]
         self._warmup_iters = warmup_iters
-        self._warmup = LinearParamScheduler(0.0, 1.0)
 
     @classmethod
     def from_config(cls, node: CfgNode, max_iter: int) -> "TermSchedule":
@@ -112,7 +110,7 @@ class TermSchedule:
         weight = self.weight * self._decay(min(iteration, self.max_iter - 1) / self.max_iter)
         since_start = iteration - self.start_iter
         if since_start < self._warmup_iters:
-            weight *= self._warmup(since_start / self._warmup_iters)
+            weight *= since_start / self._warmup_iters
         return weight
 
     def apply(self, value: Tensor, iteration: int) -> Tensor:
