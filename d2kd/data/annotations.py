@@ -7,18 +7,16 @@ B boxes are four finite numbers, (x, y, width, height) in pixels.
 import contextlib
 import functools
 import io
-import numbers
 from collections import Counter
 from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
 
-from .findings import ERROR, WARNING, Finding
+from .findings import ERROR, WARNING, Finding, on_annotation
+from .masks import finding_on_mask, findings_on_run_lengths
+from .values import MOST, NUMBERS, is_box, is_four_numbers, is_id, is_whole
 
-_NUMBERS = frozenset((int, float))
-_MOST = 1e12  # more is no coordinate; NaN and infinity are not below it either
-_LARGEST_ID = 2**63
 _IDS = ("id", "image_id", "category_id")
 # Pixels by which a box may leave its image: boxes are rounded
 _SLACK = 1.0
@@ -70,10 +68,10 @@ def check_annotations(
         *_references(data, path),
         *_needed(annotations, path, evaluated, masks),
     ]
-    are_boxes = [_is_box(a.get("bbox")) for a in annotations]
+    are_boxes = [is_box(a.get("bbox")) for a in annotations]
     findings += [_no_box(a, path) for a, is_box in zip(annotations, are_boxes) if not is_box]
     if not any(finding.severity == ERROR for finding in broken_images):
-        findings += _run_lengths(images, annotations, path, integers) if masks else ()
+        findings += findings_on_run_lengths(images, annotations, path, integers) if masks else ()
         with_box = [a for a, is_box in zip(annotations, are_boxes) if is_box]
         findings += _placement(_boxes(images, with_box), path)
     return findings
@@ -125,7 +123,7 @@ def _images(images: Sequence[Any], path: str, integers: bool) -> Iterator[Findin
             text = f"number {position} of 'images' has no 'id'"
             yield Finding("image without an id", ERROR, path, text)
             continue
-        if not (_is_id(image["id"]) or isinstance(image["id"], str)):
+        if not (is_id(image["id"]) or isinstance(image["id"], str)):
             text = (
                 f"number {position} of 'images' has the 'id' {image['id']!r:.40}, expected a number"
             )
@@ -135,7 +133,7 @@ def _images(images: Sequence[Any], path: str, integers: bool) -> Iterator[Findin
         if not isinstance(name, str) or not name:
             text = f"its 'file_name' is {name!r}, expected a path below the folder of the images"
             yield Finding("image without a file name", ERROR, path, text, image["id"])
-        if not all(_is_whole(side) and 0 < side < _MOST for side in sides):
+        if not all(is_whole(side) and 0 < side < MOST for side in sides):
             text = f"'width' and 'height' are {sides}, expected pixels"
             yield Finding("image without a size", ERROR, path, text, image["id"])
         elif integers and float in map(type, sides):
@@ -174,14 +172,14 @@ def _ids(annotations: Sequence[Mapping[str, Any]], path: str, evaluated: bool) -
         if "id" not in annotation:
             text = f"number {position} of 'annotations' has no 'id': give each its own number"
             yield Finding("annotation without an id", ERROR, path, text, image)
-        elif evaluated and not (_is_id(annotation["id"]) and type(annotation["id"]) is int):
+        elif evaluated and not (is_id(annotation["id"]) and type(annotation["id"]) is int):
             text = f"number {position} of 'annotations' has the 'id' {annotation['id']!r:.40}"
             text += ", which COCO's evaluation cannot count: give each its own integer"
             yield Finding("id of an annotation that is no number", ERROR, path, text, image)
         elif evaluated and annotation["id"] == 0:
             text = "has the 'id' 0, by which COCO's evaluation means none: what is found of it "
             text += "counts as wrong; number from 1"
-            yield _of("annotation with the id 0", WARNING, path, text, annotation)
+            yield on_annotation("annotation with the id 0", WARNING, path, text, annotation)
 
 
 def _references(data: Mapping[str, Any], path: str) -> Iterator[Finding]:
@@ -192,11 +190,11 @@ def _references(data: Mapping[str, Any], path: str) -> Iterator[Finding]:
     for a in annotations:
         if a.get("category_id") not in names:
             text = f"its 'category_id' is {a.get('category_id')!r}, which no category has"
-            yield _of("unknown category", ERROR, path, text, a)
+            yield on_annotation("unknown category", ERROR, path, text, a)
         if a.get("image_id") not in images:
             severity = WARNING if "image_id" in a else ERROR
             text = f"its 'image_id' is {a.get('image_id')!r}, which no image has: it is left out"
-            yield _of("annotation of no image", severity, path, text, a)
+            yield on_annotation("annotation of no image", severity, path, text, a)
     used = {a.get("category_id") for a in annotations}
     for name in [name for id, name in names.items() if used and id not in used]:
         text = f"'{name}' is in 'categories', but no annotation has it"
@@ -207,7 +205,7 @@ def _categories(categories: Sequence[Mapping[str, Any]], path: str) -> Iterator[
     if not categories:
         yield Finding("no class", ERROR, path, "its 'categories' are empty: name the classes")
     for position, category in enumerate(categories):
-        if not _is_id(category.get("id")) or not isinstance(category.get("name"), str):
+        if not is_id(category.get("id")) or not isinstance(category.get("name"), str):
             text = (
                 f"number {position} of 'categories' has no usable 'id' or 'name': {category!r:.80}"
             )
@@ -222,115 +220,33 @@ def _needed(
         for a in annotations:
             if key not in a:
                 text = f"has no '{key}', which COCO's evaluation needs"
-                yield _of(f"annotation without {key}", ERROR, path, text, a)
+                yield on_annotation(f"annotation without {key}", ERROR, path, text, a)
     for a in annotations:
-        mask = a.get("segmentation")
-        if masks and mask is not None and not isinstance(mask, (list, dict)):
-            text = f"'segmentation' is a {type(mask).__name__}, expected polygons or run lengths"
-            yield _of("mask that is none", ERROR, path, text, a)
-        elif masks and not mask:
-            text = "has no 'segmentation', which MODEL.MASK_ON needs"
-            yield _of("annotation without segmentation", ERROR, path, text, a)
-        elif masks and isinstance(mask, list) and not _are_polygons(mask):
-            text = f"'segmentation' is {mask!r:.60}, expected polygons, [[x1, y1, x2, ...], ...]"
-            yield _of("mask that is none", ERROR, path, text, a)
-        elif masks and isinstance(mask, list) and not any(map(_has_area, mask)):
-            text = f"'segmentation' is {mask!r:.60}, of which none has three or more points"
-            if evaluated:
-                yield _of("mask that is none", ERROR, path, text, a)
-            else:
-                text += ": Detectron2 trains without this object"
-                yield _of("mask without area", WARNING, path, text, a)
-        elif masks and evaluated and isinstance(mask, list) and len(mask[0]) <= 4:
-            text = f"'segmentation' is {mask!r:.60}: COCO's evaluation takes the first for a box"
-            yield _of("mask that is none", ERROR, path, text, a)
-        elif masks == "polygon" and isinstance(mask, dict) and not a.get("iscrowd"):
-            text = "'segmentation' is in run lengths: set INPUT.MASK_FORMAT to bitmask"
-            yield _of("mask in run lengths", ERROR, path, text, a)
-        area = a.get("area", 0)
-        if type(area) not in _NUMBERS or not -_MOST < area < _MOST:
-            text = f"its 'area' is {a['area']!r:.40}, expected square pixels"
-            yield _of("area that is no number", ERROR, path, text, a)
-        if a.get("iscrowd", 0) not in (0, 1):
-            text = f"its 'iscrowd' is {a['iscrowd']!r:.40}, expected 0 or 1"
-            yield _of("iscrowd that is not 0 or 1", ERROR, path, text, a)
-        if a.get("ignore"):
-            text = "has 'ignore', which Detectron2 refuses: remove it, or make it 'iscrowd'"
-            yield _of("annotation to be ignored", ERROR, path, text, a)
+        mask = finding_on_mask(a, path, evaluated, masks) if masks else None
+        yield from (mask, *_numbers(a, path)) if mask else _numbers(a, path)
 
 
-def _are_polygons(mask: Sequence[Any]) -> bool:
-    """Whether each is a list of numbers; of a registered set they may be NumPy's."""
-    return all(
-        isinstance(polygon, (list, tuple, np.ndarray))
-        and all(issubclass(kind, numbers.Real) for kind in set(map(type, polygon)))
-        and all(-_MOST < value < _MOST for value in polygon)
-        for polygon in mask
-    )
-
-
-def _has_area(polygon: Sequence[float]) -> bool:
-    """Whether Detectron2 takes a polygon."""
-    return len(polygon) >= 6 and len(polygon) % 2 == 0
-
-
-def _run_lengths(
-    images: Sequence[Mapping[str, Any]],
-    annotations: Sequence[Mapping[str, Any]],
-    path: str,
-    integers: bool,
-) -> Iterator[Finding]:
-    """Masks as run lengths: decoded, they have the size that they say."""
-    sizes = {image["id"]: [image["height"], image["width"]] for image in images}
-    for a in annotations:
-        mask, size = a.get("segmentation"), sizes.get(a.get("image_id"))
-        if isinstance(mask, dict) and size and not _is_mask(mask, size, integers):
-            text = f"'segmentation' is {mask!r:.60}, expected 'counts' and the 'size' {size}"
-            text += ", in integers" * integers
-            yield _of("mask that is none", ERROR, path, text, a)
-
-
-def _is_mask(mask: Mapping[str, Any], size: List[int], integers: bool) -> bool:
-    """Whether it is run lengths of a mask (H, W) of a size."""
-    counts = mask.get("counts")
-    lengths = counts if isinstance(counts, list) else []
-    if not all(_is_whole(x) and x >= 0 for x in lengths):
-        return False
-    if mask.get("size") != size or (integers and float in map(type, [*mask["size"], *lengths])):
-        return False
-    # pycocotools encodes to bytes, which are text in a JSON
-    return sum(lengths) == size[0] * size[1] if lengths else isinstance(counts, (str, bytes))
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether it is a whole number: pandas writes 1280.0 for 1280."""
-    return type(value) is int or (type(value) is float and value.is_integer())
-
-
-def _is_id(value: Any) -> bool:
-    """Whether it is a whole number that an array can hold."""
-    return _is_whole(value) and -_LARGEST_ID <= value < _LARGEST_ID
-
-
-def _is_box(box: Any) -> bool:
-    """Whether it is four finite numbers."""
-    if not is_four_numbers(box):
-        return False
-    return all(-_MOST < value < _MOST for value in box)
-
-
-def is_four_numbers(box: Any) -> bool:
-    """Whether it is that, finite or not."""
-    return isinstance(box, (list, tuple)) and len(box) == 4 and _NUMBERS.issuperset(map(type, box))
+def _numbers(a: Mapping[str, Any], path: str) -> Iterator[Finding]:
+    """What is wrong with the numbers beside an object's box."""
+    area = a.get("area", 0)
+    if type(area) not in NUMBERS or not -MOST < area < MOST:
+        text = f"its 'area' is {a['area']!r:.40}, expected square pixels"
+        yield on_annotation("area that is no number", ERROR, path, text, a)
+    if a.get("iscrowd", 0) not in (0, 1):
+        text = f"its 'iscrowd' is {a['iscrowd']!r:.40}, expected 0 or 1"
+        yield on_annotation("iscrowd that is not 0 or 1", ERROR, path, text, a)
+    if a.get("ignore"):
+        text = "has 'ignore', which Detectron2 refuses: remove it, or make it 'iscrowd'"
+        yield on_annotation("annotation to be ignored", ERROR, path, text, a)
 
 
 def _no_box(a: Mapping[str, Any], path: str) -> Finding:
     expected = "expected [x, y, width, height] in pixels"
     if "bbox" not in a:
-        return _of("box missing", ERROR, path, f"has no 'bbox', {expected}", a)
+        return on_annotation("box missing", ERROR, path, f"has no 'bbox', {expected}", a)
     box = a["bbox"]
     kind = "box that is not finite" if is_four_numbers(box) else "box that is not four numbers"
-    return _of(kind, ERROR, path, f"'bbox' is {box!r:.80}, {expected}", a)
+    return on_annotation(kind, ERROR, path, f"'bbox' is {box!r:.80}, {expected}", a)
 
 
 def _boxes(images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> _Boxes:
@@ -373,7 +289,7 @@ def _placement(boxes: _Boxes, path: str) -> Iterator[Finding]:
         ("box that leaves its image", leaves & ~corners & ~outside & ~empty),
     ):
         for i in np.flatnonzero(which).tolist():
-            yield _of(kind, WARNING, path, _described(boxes, i), boxes.annotations[i])
+            yield on_annotation(kind, WARNING, path, _described(boxes, i), boxes.annotations[i])
 
 
 def _mostly(which: np.ndarray) -> bool:
@@ -389,8 +305,4 @@ def _described(boxes: _Boxes, i: int) -> str:
 def _whole(kind: str, path: str, boxes: _Boxes, which: np.ndarray, remedy: str) -> Finding:
     i = int(np.flatnonzero(which)[0])
     text = f"{_described(boxes, i)}, and the others are alike, expected [x, y, width, height] in"
-    return _of(kind, ERROR, path, f"{text} pixels: {remedy}", boxes.annotations[i])
-
-
-def _of(kind: str, severity: str, path: str, text: str, a: Mapping[str, Any]) -> Finding:
-    return Finding(kind, severity, path, text, a.get("image_id"), a.get("id"))
+    return on_annotation(kind, ERROR, path, f"{text} pixels: {remedy}", boxes.annotations[i])

@@ -11,13 +11,12 @@ from d2kd.errors import UserError, nearest
 from .classes import class_names_of
 from .images import refuse_outside
 from .sets import (
-    LOADING_ERRORS,
     findings_in_dicts,
     findings_in_file,
     has_annotation_file,
+    load_errors_explained,
     quick_look,
     refuse_errors,
-    why_not_loaded,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,11 +57,10 @@ def load_training_dicts(
     check_dataset_names(cfg)
     names = cfg.DATASETS.TRAIN
     try:
-        dicts = load() if load else _load_filtered(cfg)
+        with load_errors_explained(names):
+            dicts = load() if load else _load_filtered(cfg)
     except UserError as error:
         raise UserError(f"DATASETS.TRAIN: {error}") from error
-    except LOADING_ERRORS as error:
-        raise UserError(f"DATASETS.TRAIN: {why_not_loaded(error, names)}") from error
     if not isinstance(dicts, list):
         raise UserError(
             f"DATASETS.TRAIN: {', '.join(names)} gives a {type(dicts).__name__}, expected a list "
@@ -135,7 +133,7 @@ def check_annotation_files(cfg: CfgNode, training: bool = True) -> None:
 
 
 def check_evaluation(
-    cfg, training: bool = True, refuse_kind: Callable[[str], None] = lambda name: None
+    cfg: CfgNode, training: bool = True, refuse_kind: Callable[[str], None] = lambda name: None
 ) -> None:
     """Reads the sets of DATASETS.TEST, so that a run does not find out at its end that it cannot
     be evaluated.
@@ -152,11 +150,10 @@ def check_evaluation(
     check_dataset_names(cfg, training)
     for name in cfg.DATASETS.TEST:
         try:
-            dicts = DatasetCatalog.get(name)
+            with load_errors_explained([name]):
+                dicts = DatasetCatalog.get(name)
         except UserError as error:
             raise UserError(f"DATASETS.TEST: {error}") from error
-        except LOADING_ERRORS as error:
-            raise UserError(f"DATASETS.TEST: {why_not_loaded(error, [name])}") from error
         refuse_kind(name)
         if not dicts:
             raise UserError(f"DATASETS.TEST: {name} holds no image")

@@ -85,7 +85,7 @@ def num_classes_described(cfg: CfgNode) -> int:
 
 
 def _entries(cfg: CfgNode) -> List[Dict[str, Any]]:
-    known = [{"name", *keys, "classes"} for keys in _KINDS]
+    known = [{"name", *keys, "classes"} for keys in _FORMATS]
     for entry in cfg.DATASETS.DESCRIBED:
         if not isinstance(entry, Mapping) or set(entry) not in known:
             raise UserError(
@@ -96,12 +96,10 @@ def _entries(cfg: CfgNode) -> List[Dict[str, Any]]:
 
 
 def _described(entry: Mapping[str, Any], key: str) -> Dict[str, Any]:
-    describe = {frozenset(keys): describe for keys, describe in _KINDS.items()}.get(
-        frozenset(entry)
-    )
-    if describe is None or not all(isinstance(value, str) for value in entry.values()):
+    known = frozenset(entry) in _FORMATS
+    if not known or not all(isinstance(value, str) for value in entry.values()):
         raise UserError(f"{key} has {dict(entry)!r:.80}: give a name, or {_EXAMPLE}")
-    return describe(key, **entry)
+    return _FORMATS[frozenset(entry)].describe(key, **entry)
 
 
 def _describe_coco(key: str, json: str, images: str) -> Dict[str, Any]:
@@ -144,14 +142,6 @@ def _describe_yolo(key: str, yolo: str, split: str) -> Dict[str, Any]:
     return {"name": name, "yolo": path, "split": split, "classes": list(found.classes)}
 
 
-# What an entry may say, and what is made of it
-_KINDS = {
-    ("json", "images"): _describe_coco,
-    ("voc", "split"): _describe_voc,
-    ("yolo", "split"): _describe_yolo,
-}
-
-
 @functools.lru_cache(maxsize=16)
 def _read(path: str, mtime: int, size: int) -> _Annotations:
     """Once per state of a file."""
@@ -181,24 +171,18 @@ def _register(name: str, classes: List[str], **files: str) -> None:
             return
         DatasetCatalog.remove(name)  # the same annotations with their images at another place
         MetadataCatalog.remove(name)
-    if "yolo" in files:
-        load = functools.partial(load_yolo, files["yolo"], files["split"])
-        places = {}
-    elif "voc" in files:
-        load = functools.partial(load_voc, files["voc"], files["split"], classes)
-        places = {"image_root": os.path.join(files["voc"], "JPEGImages")}
-    else:
-        load = functools.partial(_load_coco, files["json"], files["images"], name)
-        places = {"json_file": files["json"], "image_root": files["images"]}
-    DatasetCatalog.register(name, functools.partial(_load, load, name, files))
+    DatasetCatalog.register(name, functools.partial(_load, name, files, list(classes)))
     MetadataCatalog.get(name).set(
-        **places, files=files, evaluator_type="coco", thing_classes=list(classes)
+        **_FORMATS[frozenset(files)].places(**files),
+        files=files,
+        evaluator_type="coco",
+        thing_classes=list(classes),
     )
 
 
-def _load(load: Callable[[], List[Dict[str, Any]]], name: str, files: Mapping[str, str]) -> List:
+def _load(name: str, files: Mapping[str, str], classes: List[str]) -> List[Dict[str, Any]]:
     """The dicts of a set, with a warning if its annotations are no longer those of its name."""
-    dicts = load()
+    dicts = _FORMATS[frozenset(files)].load(name=name, classes=classes, **files)
     digest = _digest_now(name, files)
     if not name.endswith(f"_{digest[:8]}"):
         _logger.warning(
@@ -212,21 +196,48 @@ def _digest_now(name: str, files: Mapping[str, str]) -> str:
     if "json" in files:  # as it is, since it may be large
         with open(files["json"], "rb") as f:
             return hashlib.sha256(f.read()).hexdigest()
-    (keys,) = (keys for keys in _KINDS if set(keys) == set(files))
-    return _KINDS[keys](name, **files)["name"].rpartition("_")[2]
+    return _FORMATS[frozenset(files)].describe(name, **files)["name"].rpartition("_")[2]
 
 
-def _load_coco(path: str, images: str, name: str) -> List[Dict[str, Any]]:
+def _load_coco(name: str, classes: List[str], json: str, images: str) -> List[Dict[str, Any]]:
     logger = logging.getLogger("detectron2.data.datasets.coco")
     logger.addFilter(_is_news)
     try:
-        dicts = load_coco_json(path, images, name)
+        dicts = load_coco_json(json, images, name)
     finally:
         logger.removeFilter(_is_news)
-    refuse_outside(dicts, [images], path)  # here, so that every command does
+    refuse_outside(dicts, [images], json)  # here, so that every command does
     return dicts
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Detectron2 warns of category ids with gaps, which it maps: here they are quite usual."""
     return "Category ids in annotations" not in record.getMessage()
+
+
+def _load_voc(name: str, classes: List[str], voc: str, split: str) -> List[Dict[str, Any]]:
+    return load_voc(voc, split, classes)
+
+
+def _load_yolo(name: str, classes: List[str], yolo: str, split: str) -> List[Dict[str, Any]]:
+    return load_yolo(yolo, split)
+
+
+class _Format(NamedTuple):
+    """How a kind of entries is described, loaded, and where its files are."""
+
+    describe: Callable[..., Dict[str, Any]]  # of the config's key and the entry
+    load: Callable[..., List[Dict[str, Any]]]  # of name, classes and the entry
+    places: Callable[..., Dict[str, str]]  # of the entry: what Detectron2's metadata call them
+
+
+# By the keys of an entry
+_FORMATS = {
+    frozenset(("json", "images")): _Format(
+        _describe_coco, _load_coco, lambda json, images: {"json_file": json, "image_root": images}
+    ),
+    frozenset(("voc", "split")): _Format(
+        _describe_voc, _load_voc, lambda voc, split: {"image_root": os.path.join(voc, "JPEGImages")}
+    ),
+    frozenset(("yolo", "split")): _Format(_describe_yolo, _load_yolo, lambda yolo, split: {}),
+}

@@ -10,8 +10,9 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 import numpy as np
 from detectron2.structures import BoxMode
 
-from .annotations import check_annotations, is_four_numbers
+from .annotations import check_annotations
 from .findings import ERROR, Finding
+from .values import is_four_numbers
 
 # Of an annotation, what the checks read beside its mask
 _CHECKED = ("bbox", "category_id", "iscrowd", "ignore")

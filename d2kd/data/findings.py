@@ -1,7 +1,7 @@
 """What checks find in data sets: values, which can be counted and shown."""
 
 from collections import defaultdict
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 ERROR, WARNING = "error", "warning"
 
@@ -20,6 +20,13 @@ class Finding(NamedTuple):
         places = (("annotation", self.annotation), ("image", self.image))
         where = " of ".join(f"{name} {id}" for name, id in places if id is not None)
         return ": ".join(filter(None, [self.file, where, self.message]))
+
+
+def on_annotation(
+    kind: str, severity: str, path: str, text: str, annotation: Mapping[str, Any]
+) -> Finding:
+    """A finding with the ids of an annotation and of its image."""
+    return Finding(kind, severity, path, text, annotation.get("image_id"), annotation.get("id"))
 
 
 def count(findings: Sequence[Finding], severity: str) -> int:

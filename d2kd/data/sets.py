@@ -1,9 +1,10 @@
 """Checks of a registered data set: of the file of its annotations, of its dicts, of its images."""
 
+import contextlib
 import json
 import logging
 import os
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -19,7 +20,7 @@ from .images import check_image
 logger = logging.getLogger(__name__)
 
 # What reading a data set ends in if its files are not as they should be
-LOADING_ERRORS = (
+_LOADING_ERRORS = (
     OSError,
     AssertionError,
     AttributeError,
@@ -46,7 +47,25 @@ def _not_there() -> str:
     return f"does not exist (DETECTRON2_DATASETS {where}); see datasets/README.md"
 
 
-def why_not_loaded(error: Exception, names: Iterable[str]) -> str:
+@contextlib.contextmanager
+def load_errors_explained(names: Sequence[str]) -> Iterator[None]:
+    """Inside of it, data sets are read.
+
+    Args:
+        names: of the sets.
+
+    Raises:
+        UserError: instead of whatever reading ends in if their files are not as they should be.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _LOADING_ERRORS as error:
+        raise UserError(_why_not_loaded(error, names)) from error
+
+
+def _why_not_loaded(error: Exception, names: Sequence[str]) -> str:
     """One line on why the data sets could not be loaded: what, in which file, what to do."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"{error.filename} {_not_there()}"
@@ -140,12 +159,10 @@ def look_into(name: str, evaluated: bool, masks: str) -> DatasetContent:
     """
     dicts, findings = [], []
     try:
-        dicts = DatasetCatalog.get(name)
+        with load_errors_explained([name]):
+            dicts = DatasetCatalog.get(name)
     except UserError as error:
         findings = [Finding("data set that cannot be loaded", ERROR, "", str(error))]
-    except LOADING_ERRORS as error:
-        text = why_not_loaded(error, [name])
-        findings = [Finding("data set that cannot be loaded", ERROR, "", text)]
     if has_annotation_file(name):
         in_file = findings_in_file(name, evaluated, masks)
         # Why it cannot be loaded is said there with more detail.
@@ -165,7 +182,7 @@ def _images_of_file(name: str) -> List[Dict[str, Any]]:
             read_annotations(metadata.json_file)["images"] if has_annotation_file(name) else []
         )
         entries = [e for e in entries if isinstance(e.get("file_name"), str)]
-    except LOADING_ERRORS:
+    except _LOADING_ERRORS:
         return []
     root = metadata.get("image_root", "")
     return [

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from PIL import Image
 
 from d2kd.data.images import too_deep
-from d2kd.data.sets import LOADING_ERRORS
+from d2kd.data.sets import load_errors_explained
 from d2kd.errors import UserError, reason
 
 # The one photograph that every installation has
@@ -69,8 +69,9 @@ def images_at_hand(cfg: CfgNode, most: int) -> List[str]:
 
 def _images_of(dataset_name: str) -> List[str]:
     try:
-        paths = [d["file_name"] for d in DatasetCatalog.get(dataset_name)]
-    except (UserError, *LOADING_ERRORS):
+        with load_errors_explained([dataset_name]):
+            paths = [d["file_name"] for d in DatasetCatalog.get(dataset_name)]
+    except UserError:
         return []
     return list(filter(os.path.isfile, paths))
 

@@ -10,7 +10,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
 
 from d2kd.data.check import check_dataset_names
-from d2kd.data.sets import LOADING_ERRORS
+from d2kd.data.sets import load_errors_explained
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.errors import UserError
 from d2kd.prediction import Predictor
@@ -55,8 +55,9 @@ def shown_images(cfg: CfgNode, number: int) -> Shown:
     check_dataset_names(cfg)
     name = cfg.DATASETS.TEST[0]
     try:
-        dicts = DatasetCatalog.get(name)
-    except LOADING_ERRORS as error:
+        with load_errors_explained([name]):
+            dicts = DatasetCatalog.get(name)
+    except UserError as error:
         raise UserError(f"the images of {name} cannot be had: {error}") from error
     with_objects = [d for d in dicts if d.get("annotations")]
     return Shown(with_objects[:number], MetadataCatalog.get(name))
