@@ -12,7 +12,7 @@ from torch import nn
 
 from d2kd.distillation import build_teacher
 from d2kd.engine import DistillTrainer
-from d2kd.engine.metrics import read_metrics
+from d2kd.engine.metrics import newest_line, read_metrics
 from d2kd.engine.preflight import refuse_no_evaluation
 from d2kd.engine.runs import TrainedRun
 from d2kd.errors import UserError
@@ -207,7 +207,7 @@ def last_ap(run: TrainedRun) -> Optional[float]:
         return None
     lines = read_metrics(run.folder, run.config().DATASETS.TEST)
     # The evaluation at the end is logged after the last step; a run may have been killed in it
-    ap = lines[-1].get(_AP, math.nan) if lines else math.nan
+    ap = newest_line(lines).get(_AP, math.nan)
     return ap if math.isfinite(ap) else None
 
 

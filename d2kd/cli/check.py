@@ -27,7 +27,7 @@ from d2kd.command import typed_command
 from d2kd.config import read_config
 from d2kd.data.findings import ERROR, WARNING, count, summary
 from d2kd.errors import UserError
-from d2kd.pairing.finetune import is_finished
+from d2kd.pairing.finetune import is_trained
 from d2kd.pairing.recipe import write_recipe
 
 from .arguments import add_data, add_names, add_overrides, gives_names, overrides_of, plan_of
@@ -89,7 +89,7 @@ def _parts(args: argparse.Namespace, folder: str) -> Iterator[Part]:
         return
     plan = plan_of(args, opts, needs_weights=not args.config_only)
     print(plan, flush=True)
-    if not plan.teacher or is_finished(plan.teacher_folder):
+    if not plan.teacher or is_trained(plan.teacher_folder):
         cfg = read_config(write_recipe(folder, plan.recipe, []))
         yield from _parts_of(args, cfg, args.config_only)
     else:

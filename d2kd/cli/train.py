@@ -27,7 +27,7 @@ from d2kd.engine.scaling import scale_to_processes
 from d2kd.errors import UserError
 from d2kd.pairing import Plan
 from d2kd.pairing.estimate import in_words, seconds_of_training
-from d2kd.pairing.finetune import is_finished, train_teacher
+from d2kd.pairing.finetune import is_trained, train_teacher
 from d2kd.pairing.recipe import RECIPE_YAML, write_recipe
 
 from .arguments import (
@@ -108,14 +108,14 @@ def _finetune(plan: Plan, args: argparse.Namespace) -> None:
     second, processes = _write(plan, args), processes_of(args)
     for number, what, path in ((1, "the teacher", first), (2, "the student", second)):
         cfg = scale_to_processes(read_config(path), processes)
-        if number == 1 and is_finished(plan.teacher_folder):
+        if number == 1 and is_trained(plan.teacher_folder):
             print(f"step 1   the teacher is trained already: {plan.teacher_folder}", flush=True)
             continue
         time = in_words(seconds_of_training(cfg, processes))
         images = cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATION_STEPS
         steps = f"{cfg.SOLVER.MAX_ITER} iterations of {images} images"
         print(f"step {number}   {what}: {steps}, {time} without data and evaluation", flush=True)
-    if not is_finished(plan.teacher_folder):
+    if not is_trained(plan.teacher_folder):
         train_teacher(first, _process_options(args))
 
 

@@ -287,11 +287,11 @@ class _Training:
 
     def _summarize(self, seconds: Optional[float]) -> Dict[str, float]:
         """Writes the results of the last evaluation, and returns them."""
-        evaluated = [line for line in self._lines() if all(f"bbox/{m}" in line for m in METRICS)]
-        if not evaluated:
+        last = newest_line(x for x in self._lines() if all(f"bbox/{m}" in x for m in METRICS))
+        if not last:
             raise UserError(f"it was not evaluated, {self.folder} has no bbox/AP")
         # Detectron2 has no number for a detector that finds nothing
-        values = {m: evaluated[-1][f"bbox/{m}"] for m in METRICS}
+        values = {m: last[f"bbox/{m}"] for m in METRICS}
         results = {m: 0.0 if math.isnan(value) else value for m, value in values.items()}
         with written_whole(os.path.join(self.folder, SUMMARY)) as f:
             json.dump({"seconds": seconds, "results": results}, f)

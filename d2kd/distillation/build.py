@@ -92,13 +92,13 @@ def build_teacher_student_parts(cfg: CfgNode) -> Dict:
             name: method(method.node_of(cfg), family, teacher.family)
             for name, method in distilled_methods(cfg).items()
         }
-        filled = _initialize_student(distillers, family, teacher.family)
+        filled = [
+            line
+            for distiller in distillers.values()
+            for line in distiller.initialize_student(family, teacher.family)
+        ]
     schedules = _build_schedules(cfg, distillers)
-    weights = {key: schedule.weight for key, schedule in schedules.items()}
-    sources = _sources_of_values(cfg, distillers)
-    report = pair_report(
-        family, cfg.INPUT.FORMAT, teacher, distillers, reads, weights, filled, sources
-    )
+    report = pair_report(cfg, family, teacher, distillers, reads, schedules, filled)
     rebuilt = _rebuild(cfg, teacher, family, reads)
     logger.info(report + (f"\nThe teacher runs rebuilt: {rebuilt}" if rebuilt else ""))
     return {
@@ -120,26 +120,6 @@ def _warn_of_unused_keys(cfg: CfgNode) -> None:
                 f"{method.node_name()} has no effect, DISTILL.METHODS is "
                 f"{list(cfg.DISTILL.METHODS)}: add '{name}', or leave out its keys"
             )
-
-
-def _initialize_student(
-    distillers: Mapping[str, Distiller], student: Family, teacher: Family
-) -> List[str]:
-    """Lets the methods fill weights of the student; a line of each that did, for the report."""
-    return [
-        line
-        for distiller in distillers.values()
-        for line in distiller.initialize_student(student, teacher)
-    ]
-
-
-def _sources_of_values(cfg: CfgNode, distillers: Mapping[str, Distiller]) -> Dict[str, str]:
-    """Where the values of each method's keys come from, for the report."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    return {
-        name: distiller.source_of_values(distiller.node_of(cfg), architecture)
-        for name, distiller in distillers.items()
-    }
 
 
 def _rebuild(

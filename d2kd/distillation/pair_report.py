@@ -2,10 +2,11 @@
 
 from typing import Dict, Iterable, List, Mapping, Sequence, Tuple
 
+from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from d2kd.methods import Distiller
-from d2kd.methods.core import loss_name
+from d2kd.methods.core import TermSchedule, loss_name
 from d2kd.views import Family, Read, Reads
 from d2kd.views.families import BRANCHES
 
@@ -19,44 +20,48 @@ WEIGHTS_FROM = "The teacher's weights: "
 
 
 def pair_report(
+    cfg: CfgNode,
     student: Family,
-    student_format: str,
     teacher: Teacher,
-    distillers: Dict[str, Distiller],
-    reads: Dict[Tuple[str, str], Reads],
-    weights: Dict[Tuple[str, str], float],
+    distillers: Mapping[str, Distiller],
+    reads: Mapping[Tuple[str, str], Reads],
+    schedules: Mapping[Tuple[str, str], TermSchedule],
     filled: Sequence[str],
-    sources: Dict[str, str],
 ) -> str:
     """
     Args:
+        cfg: of the run.
         student: the student's family.
-        student_format: the channel order of its images.
         teacher: the teacher.
         distillers: the methods that were built, by name.
-        reads, weights: of every (method, term).
+        reads, schedules: of every (method, term).
         filled: what methods filled of the student before training.
-        sources: where the values of each method's keys come from; "" if they do not differ by kind
-            of student.
 
     Returns:
         a table of what matters when one detector teaches another, and a line per loss.
     """
-    rows = pair_rows(student, student_format, teacher)
+    rows = pair_rows(student, cfg.INPUT.FORMAT, teacher)
     pair = tabulate(rows, headers=PAIR_HEADERS, tablefmt="simple")
-    verdicts = tabulate(loss_rows(distillers, reads, weights), LOSS_HEADERS, tablefmt="simple")
-    starts = "".join(f"\nThe student starts with {line}" for line in filled)
-    starts += "".join(f"\nValues of {name}: {s}" for name, s in sources.items() if s)
-    starts += "".join(f"\n{name}: {x.caveat}" for name, x in distillers.items() if x.caveat)
-    apart = student.not_distilled
-    if apart:
-        starts += f"\nLearn from ground truth alone: {', '.join(apart)}"
-    source = f"{WEIGHTS_FROM}{teacher.weights or 'as initialised'}"
-    return f"Teacher and student:\n{pair}\n{source}\n\n{verdicts}{starts}"
+    verdicts = tabulate(loss_rows(distillers, reads, schedules), LOSS_HEADERS, tablefmt="simple")
+    lines = [f"The student starts with {line}" for line in filled]
+    for name, distiller in distillers.items():
+        source = distiller.source_of_values(distiller.node_of(cfg), cfg.MODEL.META_ARCHITECTURE)
+        lines += [f"Values of {name}: {source}"] if source else []
+    lines += [f"{name}: {x.caveat}" for name, x in distillers.items() if x.caveat]
+    if student.not_distilled:
+        lines.append(f"Learn from ground truth alone: {', '.join(student.not_distilled)}")
+    weights = f"{WEIGHTS_FROM}{teacher.weights or 'as initialised'}"
+    return "\n".join(["Teacher and student:", pair, weights, "", verdicts, *lines])
 
 
 def pair_rows(student: Family, student_format: str, teacher: Teacher) -> List[List]:
-    """The facts about a pair, under :data:`PAIR_HEADERS`; arguments as in :func:`pair_report`."""
+    """The facts about a pair, under :data:`PAIR_HEADERS`.
+
+    Args:
+        student: the student's family.
+        student_format: the channel order of its images.
+        teacher: the teacher.
+    """
     rows_s, rows_t = _facts(student, student_format), _facts(teacher.family, teacher.input_format)
     return [
         [name, rows_t[name], rows_s[name], "" if rows_t[name] == rows_s[name] else "differs"]
@@ -67,13 +72,13 @@ def pair_rows(student: Family, student_format: str, teacher: Teacher) -> List[Li
 def loss_rows(
     distillers: Mapping[str, Distiller],
     reads: Mapping[Tuple[str, str], Reads],
-    weights: Mapping[Tuple[str, str], float],
+    schedules: Mapping[Tuple[str, str], TermSchedule],
 ) -> List[List]:
     """The losses, under :data:`LOSS_HEADERS`; arguments as in :func:`pair_report`."""
     return [
         [
             loss_name(name, term),
-            weights[name, term],
+            schedules[name, term].weight,
             _words(reads[name, term].student),
             _words(reads[name, term].teacher),
             f"ok, {distiller.levels_of(term)} levels" if distiller.levels_of(term) else "ok",

@@ -74,7 +74,7 @@ def finetuned(pair: Pair) -> Pair:
     )
 
 
-def is_finished(folder: str) -> bool:
+def is_trained(folder: str) -> bool:
     """Whether the teacher's run has come to its end."""
     return os.path.isfile(os.path.join(folder, FINAL_WEIGHTS))
 

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 from d2kd.checkpoint import BEST_WEIGHTS, EMA_WEIGHTS, checkpoint_names
 from d2kd.data.described import register_described
-from d2kd.engine.metrics import read_metrics
+from d2kd.engine.metrics import newest_line, read_metrics
 from d2kd.engine.progress import TIMED_PARTS, split_time
 from d2kd.engine.results import PER_CLASS, best_of, history_of
 from d2kd.engine.runs import TrainedRun
@@ -75,7 +75,7 @@ class RunFacts:
     def class_ap(self, task: str) -> Dict[str, float]:
         """The AP of every class in the last evaluation, by name."""
         prefix = f"{task}/{PER_CLASS}"
-        last = next((line for line in reversed(self.lines) if f"{task}/AP" in line), {})
+        last = newest_line(line for line in self.lines if f"{task}/AP" in line)
         return {k[len(prefix) :]: v for k, v in last.items() if k.startswith(prefix)}
 
     def scalar(self, name: str) -> Tuple[List[int], List[float]]:

@@ -131,9 +131,8 @@ def _tables(pair: Pair) -> List[Optional[Table]]:
     model = pair.model
     if model is None:
         return [None, None]
-    weights = {key: schedule.weight for key, schedule in model.schedules.items()}
     rows = pair_rows(model.family, pair.facts.cfg.INPUT.FORMAT, model.teacher)
-    losses = loss_rows(dict(model.distillers.items()), model.reads, weights)
+    losses = loss_rows(dict(model.distillers.items()), model.reads, model.schedules)
     return [Table(PAIR_HEADERS, rows), Table(LOSS_HEADERS, losses)]
 
 
