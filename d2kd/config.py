@@ -12,6 +12,7 @@ from d2kd.data.described import num_classes_described, resolve_datasets
 from d2kd.errors import UserError, nearest
 from d2kd.layers.precision import PRECISIONS
 from d2kd.lazy import (
+    checkpoints_kept,
     errors_in_lazy_words,
     is_python,
     load_program,
@@ -233,6 +234,9 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
             drop_unregistered(values.get("DISTILL"), DISTILL_KEYS, path)
             whole_numbers_as_floats(cfg, values)
             cfg.merge_from_other_cfg(values)
+        kept = checkpoints_kept(program)
+        if kept:
+            cfg.RUN.KEEP_CHECKPOINTS = min(kept, cfg.RUN.KEEP_CHECKPOINTS or kept)
         if test_size(program):
             cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = test_size(program)
         check_config(cfg)
@@ -294,7 +298,7 @@ def load_yaml(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
 
 
 def _use_defaults_of(cfg: CfgNode, architecture: str) -> None:
-    """Those of every method for that kind of student."""
+    """Gives the keys of every method the defaults that it has for a kind of student."""
     for _, method in DISTILLER_REGISTRY:
         method.use_defaults_of(method.node_of(cfg), architecture)
 

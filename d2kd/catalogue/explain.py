@@ -82,7 +82,8 @@ def _reported(config: Config) -> Iterator[str]:
 
 
 def _explain_key(name: str) -> str:
-    """ "" if there is no such key."""
+    """A config key in words: its default, what it may be and what it means; "" if there is none of
+    that name."""
     cfg = default_config()
     try:
         value = get_value(cfg, name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2kd.checkpoint import StudentCheckpointer
 from d2kd.errors import UserError
-from d2kd.layers import RandomStream, as_float, leaves
+from d2kd.layers import RandomStream, as_float, parameters_reached
 from d2kd.methods import Distiller
 from d2kd.methods.core import Terms, TermSchedule, check_returned, loss_name, scalar_name
 from d2kd.views import Read, Reads, Recorder, StudentView, build_family
@@ -204,7 +204,7 @@ class TeacherStudent(nn.Module):
         every step."""
         losses = {**own, **distilled}
         waiting = [d for name, d in self.distillers.items() if active.get(name) != d.terms]
-        used = leaves(distilled.values()) if waiting else set()
+        used = parameters_reached(distilled.values()) if waiting else set()
         self._idle = [p for d in waiting for p in d.parameters() if p not in used]
         if self._idle:
             first = next(iter(losses))

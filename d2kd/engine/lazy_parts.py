@@ -10,7 +10,6 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import reduce_param_groups
@@ -27,7 +26,7 @@ from d2kd.errors import UserError, building
 from d2kd.lazy import lazy_config, target_of
 
 from .metrics import LOG_PERIOD
-from .optimizer import spare_from_decay
+from .optimizer import heed_distillers
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     groups = [group for part in parts for group in _parameter_groups(call, part)]
     call.params = {"_target_": lambda: reduce_param_groups(groups)}
     optimizer = _build(call, "optimizer")
-    spare_from_decay(optimizer, model)
+    heed_distillers(optimizer, model)
     return optimizer
 
 
@@ -95,14 +94,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
             call.output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluators.append(_build(call, "dataloader.evaluator"))
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
-
-
-def limit_checkpoints(cfg: CfgNode, run_hooks: List[HookBase]) -> None:
-    """Heeds ``train.checkpointer.max_to_keep``."""
-    kept = lazy_config(cfg).train.get("checkpointer", {}).get("max_to_keep")
-    for hook in run_hooks:
-        if isinstance(hook, hooks.PeriodicCheckpointer):
-            hook.max_to_keep = kept
 
 
 def set_up_training(cfg: CfgNode, model: nn.Module) -> None:

@@ -89,7 +89,7 @@ def _build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         else:
             kind = maybe_add_gradient_clipping(cfg, kind)
         optimizer = kind(_parameters(cfg, model), **_options(cfg))
-    spare_from_decay(optimizer, model)
+    heed_distillers(optimizer, model)
     return optimizer
 
 
@@ -123,9 +123,9 @@ def _with_total_norm(kind: type, max_norm: float) -> type:
     return TotalNormClipping
 
 
-def spare_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Sets the weight decay of what the distillers of a model do not want to decay to 0, and leaves
-    out of a step what has nothing to learn in it, such as the adapters before START_ITER."""
+def heed_distillers(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Sets the weight decay of what the distillers of a model do not want to decay to 0, and lets
+    a step leave alone what learns nothing in it, such as the adapters before START_ITER."""
     if isinstance(model, TeacherStudent):
         _stop_decay(optimizer, _not_decayed(model))
         optimizer.register_step_pre_hook(lambda *_: model.forget_idle())

@@ -87,8 +87,8 @@ def closing(cfg: CfgNode) -> str:
     rows = [["the student", f"{os.path.join(folder, FINAL_WEIGHTS)}, its config {own}"]]
     if not is_lazy(cfg):
         modules = modules_needed(cfg)
-        own = [f"the module {x}" for x in modules if x != "d2kd.modeling"]
-        needs = f"needs {' and '.join(['two lines of d2kd', *own])}, see that file"
+        of_users = [f"the module {x}" for x in modules if x != "d2kd.modeling"]
+        needs = f"needs {' and '.join(['two lines of d2kd', *of_users])}, see that file"
         needs = needs if modules else "needs no d2kd"
         rows.append(["", f"Detectron2 reads it, and {needs}"])
     if os.path.isfile(os.path.join(folder, BEST_WEIGHTS)):

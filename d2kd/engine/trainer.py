@@ -137,8 +137,6 @@ class DistillTrainer(DefaultTrainer):
         average = self._average_hook()
         self._finite = FiniteLosses(model, self._trainer.optimizer, batches)
         stock = [self._of_student(hook) for hook in super().build_hooks()]
-        if is_lazy(self.cfg):
-            lazy_parts.limit_checkpoints(self.cfg, stock)
         either = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         saving = next(i for i, hook in enumerate(stock) if isinstance(hook, either))
         evaluating = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))

@@ -6,7 +6,7 @@ from .distributed import gather_over_gpus, mean_over_gpus
 from .divergence import box_distribution_kl, kl_divergence
 from .focal import distribution_focal_loss, one_hot, quality_focal_kd, quality_focal_loss
 from .frozen import FrozenLayers
-from .graph import leaves
+from .graph import parameters_reached
 from .masks import object_masks, valid_cells
 from .precision import as_float, as_target
 from .random import RandomStream
@@ -31,7 +31,7 @@ __all__ = [
     "highest_logits",
     "iou_log_loss",
     "kl_divergence",
-    "leaves",
+    "parameters_reached",
     "mean_over_gpus",
     "object_masks",
     "one_hot",

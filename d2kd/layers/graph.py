@@ -1,12 +1,13 @@
-"""What a loss depends on."""
+"""What losses depend on."""
 
 from typing import Iterable, Set
 
 from torch import Tensor
 
 
-def leaves(losses: Iterable[Tensor]) -> Set[Tensor]:
-    """The tensors, such as parameters, that backward gives a gradient of these losses."""
+def parameters_reached(losses: Iterable[Tensor]) -> Set[Tensor]:
+    """The parameters, and other leaves of the graph, that ``backward`` of these losses gives a
+    gradient to."""
     nodes = [x.grad_fn for x in losses if x.grad_fn is not None]
     seen, found = set(nodes), set()
     while nodes:

@@ -9,6 +9,7 @@ calls with it, as text under ``LAZY``. No file in YAML can set that key.
 from .places import PLACES, errors_in_lazy_words, values_of
 from .program import is_python, load_program, python_overrides, refuse_incomplete
 from .run import (
+    checkpoints_kept,
     config_text,
     errors_in_words_of,
     is_lazy,
@@ -21,6 +22,7 @@ from .text import comparable, to_program, to_text
 
 __all__ = [
     "PLACES",
+    "checkpoints_kept",
     "comparable",
     "config_text",
     "errors_in_lazy_words",

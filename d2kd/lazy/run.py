@@ -38,6 +38,11 @@ def test_size(config: DictConfig) -> Optional[Tuple[int, int]]:
     return (min(side) if isinstance(side, ListConfig) else side), most
 
 
+def checkpoints_kept(program: DictConfig) -> int:
+    """How many checkpoints are to stay by a Python config's own key; 0 = all."""
+    return OmegaConf.select(program, "train.checkpointer.max_to_keep") or 0
+
+
 def is_lazy(cfg: CfgNode) -> bool:
     """Whether a run's config comes from a Python program."""
     return "LAZY" in cfg

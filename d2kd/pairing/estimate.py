@@ -36,7 +36,7 @@ def seconds_of_training(cfg: CfgNode, processes: int) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """``about 3 h``"""
+    """A duration in its largest fitting unit, such as "about 3 h"."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"about {seconds / length:.0f} {unit}"

@@ -58,7 +58,6 @@ TARGETS = {
 BOX_LOSS_OF = {"deltas": "giou", "distances": "iou", "distribution": "kl"}
 # What has to be the same of two heads
 FACTS = (BOX_FORM, LEVELS, CLASSES, ANCHORS, ANCHOR_SHAPES, BINS)
-IOU_LOSSES = {"iou": lambda iou, giou: iou_log_loss(iou), "giou": lambda iou, giou: 1 - giou}
 
 
 def _of_anchors(levels: Sequence[Tensor]) -> Tensor:
@@ -95,7 +94,7 @@ class DenseKD(Distiller):
             "",
             "The box loss: kl (of distributions, for GFL), giou, or iou (minus its logarithm); "
             "empty = the authors' for the student's kind of detector",
-            choices=("", "kl", *IOU_LOSSES),
+            choices=("", "kl", "iou", "giou"),
         ),
         "BETA": Key(
             1.0,
@@ -225,15 +224,15 @@ class DenseKD(Distiller):
             (N, R).
         """
         targets = teacher.predictions.deltas
-        if self.box_loss_name != "kl":
-            iou, giou = paired_iou(decoder.decode(deltas), teacher.decode(targets))
-            return IOU_LOSSES[self.box_loss_name](iou, giou)
-        return _of_anchors(
-            [
-                box_distribution_kl(x, z, self.num_anchors, self.temperature)
-                for x, z in zip(deltas, targets)
-            ]
-        )
+        if self.box_loss_name == "kl":
+            return _of_anchors(
+                [
+                    box_distribution_kl(x, z, self.num_anchors, self.temperature)
+                    for x, z in zip(deltas, targets)
+                ]
+            )
+        iou, giou = paired_iou(decoder.decode(deltas), teacher.decode(targets))
+        return 1 - giou if self.box_loss_name == "giou" else iou_log_loss(iou)
 
     def centerness_loss(self, logits: List[Tensor], teacher_logits: List[Tensor]) -> Tensor:
         """L maps (N, A, h, w) of both -> (N, R)."""
