@@ -1,15 +1,13 @@
 """Every config key that d2kd adds to Detectron2's, and how config files are read."""
 
-import contextlib
-import re
-from typing import Iterator, List, Sequence
+from typing import List, Sequence
 
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
 from omegaconf import DictConfig
 
 from d2kd.data.described import num_classes_described, resolve_datasets
-from d2kd.errors import UserError, nearest
+from d2kd.errors import UserError
 from d2kd.layers.precision import PRECISIONS
 from d2kd.lazy import (
     checkpoints_kept,
@@ -32,7 +30,6 @@ from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS
 from d2kd.safe_yaml import read_value, read_yaml
 from d2kd.schema import (
-    TYPES,
     Key,
     check_node,
     check_values,
@@ -40,6 +37,7 @@ from d2kd.schema import (
     typed_opts,
     whole_numbers_as_floats,
 )
+from d2kd.yacs_errors import yacs_errors_explained
 
 DISTILL_KEYS = {
     "METHODS": Key([], "The methods to train with, by name; none = the plain student", item=str),
@@ -229,7 +227,7 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
     with errors_in_lazy_words():
         cfg.MODEL.META_ARCHITECTURE = _class_name(program.model, path)
         _use_defaults_of(cfg, cfg.MODEL.META_ARCHITECTURE)
-        with _yacs_errors_explained(cfg, f"{path} and {opts_key}" if opts else path):
+        with yacs_errors_explained(cfg, f"{path} and {opts_key}" if opts else path):
             values = CfgNode(values_of(program))
             drop_unregistered(values.get("DISTILL"), DISTILL_KEYS, path)
             whole_numbers_as_floats(cfg, values)
@@ -325,25 +323,10 @@ def _set_num_classes(cfg: CfgNode, number: int) -> None:
 
 
 def _merge(cfg: CfgNode, path: str, opts: Sequence, opts_key: str) -> None:
-    with _yacs_errors_explained(cfg, path):
+    with yacs_errors_explained(cfg, path):
         _merge_file(cfg, path)
-    with _yacs_errors_explained(cfg, opts_key):
+    with yacs_errors_explained(cfg, opts_key):
         cfg.merge_from_list(typed_opts(cfg, opts))
-
-
-@contextlib.contextmanager
-def _yacs_errors_explained(cfg: CfgNode, source: str) -> Iterator[None]:
-    """Turns what yacs says of a source that is merged into a :class:`UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (KeyError, AssertionError) as e:
-        raise UserError(f"{source}: {_wrong_key(cfg, str(e))}") from e
-    except (RecursionError, MemoryError) as e:  # of Python's own parser
-        raise UserError(f"{source}: a value is nested too deeply") from e
-    except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as e:
-        raise UserError(f"{source}: {_wrong_type(str(e))}") from e
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
@@ -356,37 +339,3 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     merged.merge_from_other_cfg(loaded)
     if merged is not cfg:
         cfg.update(upgrade_config(merged))
-
-
-def _wrong_type(message: str) -> str:
-    """What yacs says of a value of another type than its key has."""
-    kinds = r"\(<class '(?:\w+\.)*(\w+)'> vs\. <class '(?:\w+\.)*(\w+)'>\)"
-    values = r"with values \(.* vs\. (.*)\) for .* (\S+)$"
-    match = re.search(rf"Type mismatch {kinds} {values}", message, re.DOTALL)
-    if not match:
-        return " ".join(message.split())
-    wanted, _, value, key = match.groups()
-    wanted = {"tuple": "list", "CfgNode": "node of keys"}.get(wanted, wanted)
-    example = f', such as "[{value}]"' if wanted == "list" else ""
-    kind = next((words for kind, words in TYPES.items() if kind.__name__ == wanted), f"a {wanted}")
-    return f"{key} is '{value:.60}': give {kind}{example}"
-
-
-def _wrong_key(cfg: CfgNode, message: str) -> str:
-    renamed = re.search(
-        r"Key (\S+) was renamed to (\S+?);.*?(?:Note: (.*?))?['\"]?$", message, re.S
-    )
-    if renamed:
-        also = f" ({' '.join(renamed[3].split())})" if renamed[3] else ""
-        return f"{renamed[1]} is now called {renamed[2]}{also}"
-    unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
-    if unknown:
-        return f"no config key {unknown[1]}: {nearest(unknown[1], _keys(cfg))}"
-    return " ".join(message.split())
-
-
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")

@@ -75,9 +75,18 @@ def refuse_existing(path: str, option: str) -> None:
     """
     if os.path.exists(path):
         raise UserError(f"{path} exists: remove it, or give another {option}")
+    refuse_no_folder(path, option)
+
+
+def refuse_no_folder(path: str, option: str) -> None:
+    """As :func:`refuse_existing`, where a file may be replaced.
+
+    Raises:
+        UserError: if there is no folder for the file.
+    """
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}, where {path} is to be written, is no folder: make it first")
+        raise UserError(f"{option} is '{path}': there is no folder '{folder}': make it first")
 
 
 def _disk_error(error: BaseException) -> Optional[BaseException]:

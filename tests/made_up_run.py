@@ -6,7 +6,7 @@ from toys import STUDENTS, config
 from d2kd.checkpoint import write_student_yaml
 from d2kd.distillation import build_detector
 from d2kd.engine.run_config import write_run_config
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 
 KINDS = {**STUDENTS, "PaperFCOS": "shapes/baselines/paper_fcos_tiny.yaml"}
 # Each kind's node in MODEL

@@ -15,7 +15,8 @@ import d2kd
 ROOT = Path(d2kd.__file__).parent
 # From the bottom up; a package imports those below it, and those beside it in a row.
 LAYERS = [
-    {"command", "errors", "install_detectron2", "labels", "lazy", "one_line", "schema", "writing"},
+    {"command", "errors", "install_detectron2", "labels", "lazy", "one_line", "schema"}
+    | {"writing", "yacs_errors"},
     {"layers"},
     {"modeling", "data", "model_zoo", "safe_yaml"},
     {"views"},

@@ -8,13 +8,12 @@ With ``--check`` nothing is written; the exit status tells whether the page is u
 """
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Iterator, List
+
+from generated import ROOT, write_or_check
 
 from d2kd.cli.main import COMMANDS, Command, make_parser, module_of
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/commands.md"
 EXAMPLES = "\nexamples:\n"
 
@@ -77,16 +76,5 @@ def page() -> str:
     return "\n\n".join([INTRODUCTION.strip(), *map(section, COMMANDS)]) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
-    args = parser.parse_args()
-    text = page()
-    if not args.check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        sys.exit("docs/commands.md is not up to date: run python tools/commands_page.py")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, page)

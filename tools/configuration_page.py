@@ -7,10 +7,9 @@ python tools/configuration_page.py --check
 With ``--check`` nothing is written; the exit status tells whether the page is up to date.
 """
 
-import argparse
-import sys
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple, Type
+
+from generated import ROOT, write_or_check
 
 from d2kd.catalogue.keys import keys_of
 from d2kd.config import DATASETS_KEYS, DISTILL_KEYS, RUN_KEYS, SOLVER_KEYS
@@ -19,7 +18,6 @@ from d2kd.methods.core import term
 from d2kd.modeling.config import FPN_KEYS, NODES
 from d2kd.schema import Key, Keys, walk
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/configuration.md"
 HEAD = ("key", "default", "may be", "meaning")
 
@@ -161,15 +159,5 @@ def page() -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
-    args = parser.parse_args()
-    if not args.check:
-        PAGE.write_text(page())
-    elif not PAGE.exists() or PAGE.read_text() != page():
-        sys.exit("docs/configuration.md is not up to date: run python tools/configuration_page.py")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, page)

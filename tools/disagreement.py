@@ -17,13 +17,14 @@ from typing import List, NamedTuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.utils.events import EventStorage
 
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.engine import DistillTrainer
 from d2kd.errors import UserError
-from d2kd.layers import as_float, flatten_anchors
+from d2kd.layers import as_float
 from d2kd.views import StudentView, TeacherView
 
 SCORE = 0.5
@@ -52,7 +53,8 @@ class Counts(NamedTuple):
 def count(student: StudentView, teacher: TeacherView) -> Counts:
     """Of one batch; both dense heads have the same anchors."""
     anchors, head = student.assignment, teacher.family.dense_head
-    logits = torch.cat(flatten_anchors(teacher.predictions.logits, head.num_anchors), dim=1)
+    levels = [permute_to_N_HWA_K(x, head.num_classes) for x in teacher.predictions.logits]
+    logits = torch.cat(levels, dim=1)
     valid = anchors.valid[..., None]
     thought = (as_float(logits).sigmoid() >= SCORE) & valid  # (N, R, K)
     labels = anchors.labels.clamp(min=0)

@@ -7,18 +7,17 @@ python tools/recipes_page.py --check
 With ``--check`` nothing is written; the exit status tells whether the page is up to date.
 """
 
-import argparse
 import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 import yaml
+from generated import ROOT, write_or_check
 
 from d2kd.catalogue.configs import bases, configs, recipes, tables
 from d2kd.catalogue.known_numbers import published
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS, DATA, PAGE = ROOT / "configs", ROOT / "docs/recipes.yaml", ROOT / "docs/recipes.md"
 
 INTRODUCTION = """\
@@ -260,16 +259,5 @@ def page(data: Dict) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
-    args = parser.parse_args()
-    text = page(yaml.safe_load(DATA.read_text()))
-    if not args.check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        sys.exit("docs/recipes.md is not up to date: run python tools/recipes_page.py")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, lambda: page(yaml.safe_load(DATA.read_text())))

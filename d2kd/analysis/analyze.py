@@ -14,7 +14,7 @@ from d2kd.distillation import build_teacher
 from d2kd.engine import DistillTrainer
 from d2kd.engine.metrics import newest_line, read_metrics
 from d2kd.engine.preflight import refuse_no_evaluation
-from d2kd.engine.runs import TrainedRun
+from d2kd.engine.trained_run import TrainedRun
 from d2kd.errors import UserError
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.pairing.pair import classes_of
@@ -116,7 +116,7 @@ def analyze(
         evaluate: AP that is not in a run's ``metrics.json`` is found by evaluating on the run's
             validation set.
         repeats: timed passes of each detector.
-        device: see :meth:`~d2kd.engine.runs.TrainedRun.student`.
+        device: see :meth:`~d2kd.engine.trained_run.TrainedRun.student`.
 
     Raises:
         UserError: if a detector or the data cannot be had.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model, distilled_methods, save_random_teacher
 from d2kd.distillation.teacher import TeacherPass
-from d2kd.engine.memory import keep_freed_memory
+from d2kd.engine.allocator import keep_freed_memory
 from d2kd.errors import UserError
 from d2kd.lazy import is_python, python_overrides
 from d2kd.views import Family, Recorder, Regions, RegionSet, StudentView, TeacherView

@@ -13,7 +13,7 @@ import argparse
 import json
 
 from d2kd.analysis import analyze
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.errors import UserError
 from d2kd.writing import refuse_existing, written_whole
 

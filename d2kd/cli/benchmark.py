@@ -15,7 +15,6 @@ examples:
 """
 
 import argparse
-import os
 import re
 from typing import List
 
@@ -28,7 +27,7 @@ from d2kd.benchmark.costs import (
 )
 from d2kd.benchmark.measuring import STANDARD, Case, Costs, Load, measure
 from d2kd.errors import UserError
-from d2kd.writing import written_whole
+from d2kd.writing import refuse_no_folder, written_whole
 
 from .arguments import add_device, until_key
 
@@ -83,9 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.boxes < 0:
         raise UserError(f"--boxes is {args.boxes}: give 0 or more")
     for option in ("json", "markdown"):
-        folder = os.path.dirname(getattr(args, option)) or "."
-        if not os.path.isdir(folder):
-            raise UserError(f"--{option}: there is no folder '{folder}': make it first")
+        refuse_no_folder(getattr(args, option), f"--{option}")
     load = Load(args.size, args.batch, args.boxes, args.rounds, args.amp)
     if args.growth:
         for case in cases:

@@ -10,7 +10,7 @@ examples:
 import argparse
 
 from d2kd.engine.launch import start
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.errors import UserError
 
 from .arguments import add_data, add_overrides, add_processes, overrides_of

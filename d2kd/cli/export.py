@@ -14,7 +14,7 @@ What it expects and returns stands in the file, see docs/export.md.
 import argparse
 import os
 
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.export import FORMATS, ExportOptions, export_student
 from d2kd.export.trial_images import Size
 from d2kd.prediction import image_files

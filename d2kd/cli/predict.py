@@ -11,7 +11,7 @@ size, and per detection its box (x, y, width, height), class and score.
 import argparse
 import os
 
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.errors import UserError
 from d2kd.prediction import Predictor, image_files
 from d2kd.prediction.folder import PREDICTIONS, predict_into

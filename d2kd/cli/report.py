@@ -9,7 +9,7 @@ examples:
 import argparse
 import os
 
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.report import write_report
 from d2kd.report.page import REPORT
 

@@ -19,7 +19,7 @@ from typing import List
 
 from d2kd.checkpoint import checkpoint_names, refuse_occupied
 from d2kd.config import read_config
-from d2kd.engine.holding import hold_folder
+from d2kd.engine.folder_lock import hold_folder
 from d2kd.engine.launch import processes_of, setup, start
 from d2kd.engine.preflight import refuse_unwritable
 from d2kd.engine.processes import place_by_torchrun

@@ -17,7 +17,7 @@ from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.visualization.maps import collect_maps
 from d2kd.visualization.pictures import draw
-from d2kd.writing import written_whole
+from d2kd.writing import refuse_no_folder, written_whole
 
 from .arguments import add_overrides
 
@@ -36,9 +36,7 @@ def run(args: argparse.Namespace) -> None:
     ending = os.path.splitext(args.output)[1].lower()
     if ending not in FORMATS:
         raise UserError(f"--output is '{args.output}': give a name with {', '.join(FORMATS)}")
-    folder = os.path.dirname(args.output) or "."
-    if not os.path.isdir(folder):
-        raise UserError(f"--output: there is no folder '{folder}': make it first")
+    refuse_no_folder(args.output, "--output")
     cfg = read_config(args.config, args.opts)
     found = collect_maps(cfg)
     with written_whole(args.output, "wb") as f:

@@ -15,12 +15,12 @@ from torch import nn
 
 from d2kd.checkpoint import BEST_WEIGHTS, Best, StudentCheckpointer, read_best
 from d2kd.distillation import TeacherStudent
+from d2kd.distillation.teacher_student import LOG_PERIOD
 from d2kd.distillation.timing import mean_seconds
 from d2kd.errors import UserError, nearest
 from d2kd.layers.random import preserve_rng_state
 from d2kd.methods.core import scalar_name
 
-from .metrics import LOG_PERIOD
 from .results import METRICS
 
 logger = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ from d2kd.lazy import config_text, errors_in_words_of, is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
 from d2kd.one_line import exit_on_user_error, exit_status
 
-from .holding import hold_folder
+from .allocator import keep_freed_memory
+from .folder_lock import hold_folder
 from .logs import set_up_logs
-from .memory import keep_freed_memory
 from .preflight import refuse_not_evaluated, refuse_processes, refuse_unusable
 from .processes import (
     Place,

@@ -12,7 +12,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from torch import Tensor, nn
 
 from d2kd.checkpoint.formats import CLASSES
-from d2kd.engine.runs import TrainedRun
+from d2kd.engine.trained_run import TrainedRun
 from d2kd.errors import UserError, reason
 from d2kd.prediction import Predictor, images_at_hand
 from d2kd.writing import refuse_existing, written_whole

@@ -1,6 +1,6 @@
 """Tensors in, tensors out: masks, losses, statistics, frozen layers, sums over GPUs."""
 
-from .anchors import flatten_anchors, flatten_scalars, highest_logits
+from .anchors import flatten_scalars, highest_logits
 from .boxes import centerness_targets, decode_positives, iou_log_loss, paired_iou
 from .distributed import gather_over_gpus, mean_over_gpus
 from .divergence import box_distribution_kl, kl_divergence
@@ -25,7 +25,6 @@ __all__ = [
     "channel_statistics",
     "decode_positives",
     "distribution_focal_loss",
-    "flatten_anchors",
     "flatten_scalars",
     "gather_over_gpus",
     "highest_logits",

@@ -44,7 +44,7 @@ def main_region_weights(logits: Tensor, positive: Tensor, num_anchors: int) -> T
     Returns:
         (N, h·w·A) in [0, 1], float32, without gradient.
     """
-    return highest_logits([logits], num_anchors)[0].sigmoid() * positive
+    return highest_logits(logits, num_anchors).sigmoid() * positive
 
 
 def localization_distillation(
@@ -65,7 +65,7 @@ def localization_distillation(
     """
     num_bins = deltas.shape[1] // (4 * num_anchors)
     loss = box_distribution_kl(deltas, teacher_deltas, num_anchors, temperature) / num_bins
-    return (flatten_scalars([loss])[0] * weights).sum() / len(deltas)
+    return (flatten_scalars(loss) * weights).sum() / len(deltas)
 
 
 @DISTILLER_REGISTRY.register()

@@ -10,7 +10,7 @@ from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
 from d2kd.data.classes import class_names_of, plain_name
 from d2kd.distillation.detectors import student_on_meta, teacher_on_meta
-from d2kd.engine.runs import detectron2_run, open_run
+from d2kd.engine.trained_run import detectron2_run, open_run
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
 from d2kd.model_zoo import config_name, find_config, resolve_config

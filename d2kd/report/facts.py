@@ -12,8 +12,8 @@ from d2kd.data.described import register_described
 from d2kd.engine.metrics import newest_line, read_metrics
 from d2kd.engine.progress import TIMED_PARTS, split_time
 from d2kd.engine.results import PER_CLASS, best_of, history_of
-from d2kd.engine.runs import TrainedRun
 from d2kd.engine.scaling import scale_to_processes
+from d2kd.engine.trained_run import TrainedRun
 from d2kd.engine.versions import recorded_versions
 
 # Tasks of Detectron2's evaluators, in the order in which they are told

@@ -10,11 +10,11 @@ from d2kd.distillation import TeacherStudent, fill_from_run
 from d2kd.distillation.detectors import million_parameters, student_on_meta
 from d2kd.distillation.pair_report import LOSS_HEADERS, PAIR_HEADERS, loss_rows, pair_rows
 from d2kd.engine.results import METRICS
-from d2kd.engine.runs import TrainedRun
+from d2kd.engine.trained_run import TrainedRun
 from d2kd.errors import UserError
 from d2kd.prediction import Predictor
 from d2kd.views import any_family
-from d2kd.writing import written_whole
+from d2kd.writing import refuse_no_folder, written_whole
 
 from .facts import RunFacts, facts_of
 from .figures import ap_curves, class_bars, loss_curves
@@ -77,9 +77,7 @@ def refuse_foreign(path: str) -> None:
     Raises:
         UserError: if a file is there that is no page of d2kd's, or no file can be.
     """
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise UserError(f"--output is '{path}': there is no folder '{folder}'")
+    refuse_no_folder(path, "--output")
     if os.path.isdir(path):
         raise UserError(f"--output is '{path}', a folder: give the name of a file")
     if os.path.exists(path):

@@ -9,7 +9,7 @@ from toys import SMALLER, detector
 
 from d2kd.analysis import analyze, gap_closed
 from d2kd.cli.main import main
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.errors import UserError
 
 

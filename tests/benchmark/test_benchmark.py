@@ -90,7 +90,7 @@ def test_other_json_is_refused_before_anything_is_measured(tmp_path, content):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--markdown", "nowhere/table.md"], "--markdown: there is no folder 'nowhere'"),
+        (["--markdown", "nowhere/table.md"], "there is no folder 'nowhere': make it first"),
         (["--boxes", "-3"], "--boxes is -3: give 0 or more"),
         (["--growth", "size 0 1"], "--growth size: '0' is no whole number above 0"),
         (["--growth", "size ² 3"], "--growth size: '²' is no whole number above 0"),

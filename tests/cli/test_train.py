@@ -8,7 +8,7 @@ import pytest
 from d2kd.cli import train
 from d2kd.cli.main import main
 from d2kd.config import read_config
-from d2kd.engine.holding import _let_go as let_go
+from d2kd.engine.folder_lock import _let_go as let_go
 from d2kd.errors import UserError
 
 TINY = "shapes/baselines/fcos_tiny"
@@ -44,7 +44,7 @@ def test_the_recipe_of_a_run_in_progress_stays(started, tmp_path):
     words = ["train", *NAMES, "OUTPUT_DIR", str(tmp_path)]
     main([*words, "--method", "PKD"])
     before = (tmp_path / "recipe.yaml").read_text()
-    hold = f"from d2kd.engine.holding import hold_folder; hold_folder({str(tmp_path)!r})"
+    hold = f"from d2kd.engine.folder_lock import hold_folder; hold_folder({str(tmp_path)!r})"
     script = f"import time; {hold}; print('held', flush=True); time.sleep(100)"
     let_go()
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)

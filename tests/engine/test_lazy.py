@@ -21,7 +21,7 @@ from d2kd.distillation import build_detector, build_model
 from d2kd.engine import DistillTrainer, evaluators
 from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
 from d2kd.engine.run_config import write_run_config
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.errors import UserError
 from d2kd.lazy import lazy_config
 from d2kd.lazy.places import OWN_DEFAULTS

@@ -58,7 +58,8 @@ def test_box_vector_and_score_come_from_the_same_place(tmp_path, name):
     tower = view.tower(Tower("cls", head.num_blocks("cls")))
     vectors = vectors_of(tower, regions.anchors, head.num_anchors)
     decoded = view.decode(predictions.deltas)
-    scores = torch.cat(highest_logits(predictions.logits, head.num_anchors), dim=1).sigmoid()
+    highest = [highest_logits(logits, head.num_anchors) for logits in predictions.logits]
+    scores = torch.cat(highest, dim=1).sigmoid()
     rows = iter(vectors)
     for i, (boxes, anchors) in enumerate(zip(regions.boxes, regions.anchors)):
         assert 0 < len(boxes) == len(anchors) <= 64

@@ -5,7 +5,7 @@ from engine.runs import run_config, train
 
 from d2kd.checkpoint import write_student_yaml
 from d2kd.engine.run_config import write_run_config
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.engine.versions import record_versions
 
 

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog
 from toys import batch
 
 from d2kd.cli.main import main
-from d2kd.engine.runs import open_run
+from d2kd.engine.trained_run import open_run
 from d2kd.errors import UserError
 from d2kd.report import write_report
 from d2kd.report.facts import facts_of

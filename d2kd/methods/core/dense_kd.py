@@ -62,7 +62,7 @@ FACTS = (BOX_FORM, LEVELS, CLASSES, ANCHORS, ANCHOR_SHAPES, BINS)
 
 def _of_anchors(levels: Sequence[Tensor]) -> Tensor:
     """L maps (N, A, h, w) -> (N, R)."""
-    return torch.cat(flatten_scalars(levels), dim=1)
+    return torch.cat([flatten_scalars(x) for x in levels], dim=1)
 
 
 def _weights(cls: float, bbox: float, centerness: float = 0.0) -> Dict[str, float]:
@@ -196,8 +196,8 @@ class DenseKD(Distiller):
             losses["cls"] = loss * counted / normalizer
         if self.wants("bbox"):
             loss = self.box_loss(outputs.pop("deltas"), self.box_decoder(student, teacher), teacher)
-            highest = torch.cat(highest_logits(targeted.logits, self.num_anchors), dim=1)
-            weight = highest.sigmoid() * counted
+            highest = [highest_logits(logits, self.num_anchors) for logits in targeted.logits]
+            weight = torch.cat(highest, dim=1).sigmoid() * counted
             divisor = weight.sum().clamp(min=EPS) if self.box_mean else normalizer
             losses["bbox"] = loss * weight / divisor
         if self.wants("centerness"):

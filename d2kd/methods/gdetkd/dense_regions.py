@@ -85,7 +85,8 @@ def sample_predicted_boxes(
 
 def _candidates(view: StudentView, count: int) -> _Candidates:
     """The best anchors of every level."""
-    scores = highest_logits(view.predictions.logits, view.family.dense_head.num_anchors)
+    num_anchors = view.family.dense_head.num_anchors
+    scores = [highest_logits(logits, num_anchors) for logits in view.predictions.logits]
     boxes = view.decode([x.detach() for x in view.predictions.deltas])
     found, start = [], 0
     for level, x in enumerate(scores):

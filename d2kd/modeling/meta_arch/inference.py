@@ -8,11 +8,9 @@ from typing import List, Optional, Sequence
 
 import torch
 from detectron2.layers import batched_nms
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
-
-from d2kd.layers import flatten_anchors
 
 
 def float_predictions(levels: List[Tensor]) -> List[Tensor]:
@@ -24,7 +22,7 @@ def float_predictions(levels: List[Tensor]) -> List[Tensor]:
     Returns:
         (N, h x w, D) per level.
     """
-    return [x.float() for x in flatten_anchors(levels)]
+    return [permute_to_N_HWA_K(x, x.shape[1]).float() for x in levels]
 
 
 def detect(

@@ -5,11 +5,10 @@ from typing import List, Optional, Tuple
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.modeling.meta_arch import RetinaNet, fcos
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from d2kd.layers import flatten_anchors
 from d2kd.modeling.meta_arch.integral import IntegralBoxTransform
 from d2kd.modeling.meta_arch.single_anchor import SingleAnchorDetector
 
@@ -103,13 +102,14 @@ class DenseFamily(Family):
     def decode(self, deltas: List[Tensor], anchors: List[Boxes]) -> Tensor:
         """
         Args:
-            deltas: raw box predictions, (N, A·R, h, w) per level.
+            deltas: raw box predictions, (N, A·D, h, w) per level, D numbers per anchor.
             anchors: per level.
 
         Returns:
             (N, R, 4) boxes in pixels, R anchors of all levels; not clipped to the image.
         """
-        flat = torch.cat(flatten_anchors(deltas, self.dense_head.num_anchors), dim=1).float()
+        size = deltas[0].shape[1] // self.dense_head.num_anchors
+        flat = torch.cat([permute_to_N_HWA_K(x, size) for x in deltas], dim=1).float()
         anchors = Boxes.cat(anchors).tensor.expand(len(flat), -1, -1)
         boxes = self.detector.box2box_transform.apply_deltas(
             flat.flatten(0, 1), anchors.flatten(0, 1)

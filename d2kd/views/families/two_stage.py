@@ -4,13 +4,14 @@ from typing import Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from d2kd.layers import flatten_anchors
+from d2kd.layers import flatten_scalars
 
 from .box_head import BoxHead
 from .dense_head import DenseHead
@@ -80,12 +81,12 @@ class TwoStageFamily(Family):
         """
         rpn = self.detector.proposal_generator
         anchors = rpn.anchor_generator([features[name] for name in rpn.in_features])
-        objectness, deltas = (
-            flatten_anchors(levels, self.dense_head.num_anchors) for levels in outputs
-        )
+        objectness, deltas = outputs
+        box_dim = deltas[0].shape[1] // self.dense_head.num_anchors
+        deltas = [permute_to_N_HWA_K(x, box_dim) for x in deltas]
         return find_top_rpn_proposals(
             rpn._decode_proposals(anchors, deltas),
-            [x.squeeze(2) for x in objectness],
+            [flatten_scalars(x) for x in objectness],
             image_sizes,
             rpn.nms_thresh,
             rpn.pre_nms_topk[True],

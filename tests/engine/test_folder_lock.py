@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from d2kd.engine.holding import hold_folder
+from d2kd.engine.folder_lock import hold_folder
 from d2kd.errors import UserError
 
 # Holds a folder, forks a process that lives longer, and waits
 HOLDER = """
 import os, sys, time
-from d2kd.engine.holding import hold_folder
+from d2kd.engine.folder_lock import hold_folder
 hold_folder(sys.argv[1])
 if os.fork() == 0:
     time.sleep(60)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2kd.engine.runs import TrainedRun, open_run
+from d2kd.engine.trained_run import TrainedRun, open_run
 
 
 @pytest.mark.parametrize("names", [("yaml", "py"), ("py",)])
