@@ -18,10 +18,10 @@ from tabulate import tabulate
 from torch import nn
 
 from d2kd.checkpoint import load_trained_weights
-from d2kd.comparison.tables import evaluate
 from d2kd.config import read_config
 from d2kd.distillation import TeacherStudent, build_model
 from d2kd.distillation.teacher import TeacherPass
+from d2kd.engine import DistillTrainer
 from d2kd.engine.results import METRICS
 from d2kd.errors import UserError
 from d2kd.views import Recorder, StudentView
@@ -72,8 +72,10 @@ def main() -> None:
     except UserError as error:
         parser.exit(1, f"error: {error}\n")
     detectors = {"student's own head": model.student, "teacher's head": CrossDetector(model)}
-    rows = {name: evaluate(cfg, detector.eval()) for name, detector in detectors.items()}
-    body = [[name, *(f"{results[m]:.1f}" for m in METRICS)] for name, results in rows.items()]
+    body = []
+    for name, detector in detectors.items():
+        results = DistillTrainer.test(cfg, detector.eval())["bbox"]
+        body.append([name, *(f"{results[metric]:.1f}" for metric in METRICS)])
     print(tabulate(body, ["", *METRICS], "github", disable_numparse=True))
 
 

@@ -6,6 +6,7 @@ schedule. Writes a table, a plot and a picture to ``output/demo``.
 """
 
 import os
+import sys
 import warnings
 from typing import Dict, List
 
@@ -19,10 +20,11 @@ from torch import nn
 from d2kd.checkpoint import load_trained_weights
 from d2kd.comparison.cells import Cell, cell_of, parameters
 from d2kd.comparison.rows import row_of
-from d2kd.comparison.runs import Run, scalars, train_row
-from d2kd.comparison.tables import evaluate, table
+from d2kd.comparison.runs import Run, scalars, train_rows
+from d2kd.comparison.tables import table
 from d2kd.config import read_config
 from d2kd.distillation import build_detector
+from d2kd.engine import DistillTrainer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -121,9 +123,13 @@ def main() -> None:
     os.makedirs(OUTPUT, exist_ok=True)
     print("Training a small detector alone, and the same one with a teacher.", flush=True)
     rows = {label: row_of(config) for label, config in STUDENTS.items()}
-    runs = {label: train_row(row, 1, OUTPUT, OPTS) for label, row in rows.items()}
+    outcome = train_rows([(row, 1) for row in rows.values()], OUTPUT, OPTS)
+    if outcome.failures:
+        sys.exit(f"error: {outcome.problem()}")
+    runs = dict(zip(rows, outcome.runs))
     cells = {label: [cell_of(label, rows[label], 1, run, OPTS)] for label, run in runs.items()}
-    results = evaluate(read_config(TEACHER), trained(TEACHER, TEACHER_WEIGHTS))
+    detector = trained(TEACHER, TEACHER_WEIGHTS)
+    results = DistillTrainer.test(read_config(TEACHER), detector)["bbox"]
     teacher = Cell("teacher", TEACHER, [], 1, results, 0.0, parameters(TEACHER), {})
     text = table({"teacher": [teacher], **cells}, baseline="plain student")
     with open(os.path.join(OUTPUT, "table.md"), "w") as f:

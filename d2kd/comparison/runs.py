@@ -73,19 +73,6 @@ class Outcome(NamedTuple):
         return f"{self.runs.count(None)} of {len(self.runs)} runs failed: {named}"
 
 
-def train_row(row: Row, seed: int, output: str, opts: Sequence[str] = ()) -> Run:
-    """:func:`train_rows` of one row with one seed.
-
-    Raises:
-        UserError: if training fails, too.
-    """
-    outcome = train_rows([(row, seed)], output, opts)
-    [run] = outcome.runs
-    if run is None:
-        raise UserError(outcome.problem())
-    return run
-
-
 def train_rows(
     tasks: Sequence[Tuple[Row, int]], output: str, opts: Sequence[str] = (), jobs: int = 1
 ) -> Outcome:

@@ -4,12 +4,9 @@ import os
 from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
-from detectron2.config import CfgNode
 from scipy import stats
 from tabulate import tabulate
-from torch import nn
 
-from d2kd.engine import DistillTrainer
 from d2kd.engine.results import METRICS
 from d2kd.writing import written_whole
 
@@ -120,9 +117,3 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     """Mean, and the sample's standard deviation where there are several values."""
     mean = f"{np.mean(values):{sign}.1f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"
-
-
-def evaluate(cfg: CfgNode, detector: nn.Module) -> Dict[str, float]:
-    """The metrics on ``DATASETS.TEST``."""
-    results = DistillTrainer.test(cfg, detector)["bbox"]
-    return {metric: results[metric] for metric in METRICS}

@@ -10,10 +10,9 @@ from d2kd.cli.main import main
 from d2kd.comparison import runs
 from d2kd.comparison.cells import Cell, by_label, cell_of, read_cells, write_cells
 from d2kd.comparison.rows import Row, check_rows, folder_of, labels_of, read_rows, read_table
-from d2kd.comparison.runs import Run, steps_done, train_row, train_rows
+from d2kd.comparison.runs import Run, steps_done, train_rows
 from d2kd.comparison.tables import table
 from d2kd.config import read_config
-from d2kd.errors import UserError
 
 RECIPE = "shapes/frs/fcos_tiny.yaml"
 TABLE = """
@@ -283,8 +282,8 @@ def test_the_last_line_of_a_run_that_fails_is_its_error(monkeypatch, tmp_path, c
     monkeypatch.chdir(tmp_path)
     fails = "import sys; print('starting'); sys.exit('error: no teacher')"
     monkeypatch.setattr(runs, "train_command", lambda: [sys.executable, "-c", fails])
-    with pytest.raises(UserError, match="^1 of 1 runs failed: shapes/frs/fcos_tiny, seed 1: no te"):
-        train_row(read_rows(RECIPE)[0], 1, "out")
+    outcome = train_rows([(read_rows(RECIPE)[0], 1)], "out")
+    assert outcome.problem() == "1 of 1 runs failed: shapes/frs/fcos_tiny, seed 1: no teacher"
     said = capsys.readouterr().err
     assert "starting\n" in said and "fcos_tiny, seed 1 failed: no teacher\n" in said
 

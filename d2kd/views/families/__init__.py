@@ -6,7 +6,6 @@ from .assignment import AnchorTargets
 from .box_head import BoxHead
 from .dense_head import BRANCHES, DenseHead, DensePredictions, TowerHead
 from .family import FAMILY_REGISTRY, Family, Level, Pixels, any_family, build_family, find_family
-from .transfer import copy_weights
 
 __all__ = [
     "BRANCHES",
@@ -21,7 +20,6 @@ __all__ = [
     "TowerHead",
     "any_family",
     "build_family",
-    "copy_weights",
     "dense",
     "find_family",
     "two_stage",

@@ -19,7 +19,6 @@ from d2kd.layers import as_float
 from ..reads import Regions
 from ..recorder import Observed, Recorder
 from ..regions import RegionOutputs
-from .transfer import copy_weights
 
 
 class BoxHead:
@@ -93,8 +92,8 @@ class BoxHead:
                 f"student has {self.num_stages}: take a Cascade R-CNN, or set {key} to False"
             )
         for stage in range(self.num_stages):
-            copy_weights(self.head(stage), teacher.head(stage), key)
-            copy_weights(self.predictor(stage), teacher.predictor(stage), key)
+            _copy_weights(self.head(stage), teacher.head(stage), key)
+            _copy_weights(self.predictor(stage), teacher.predictor(stage), key)
 
     def observe_proposals(self) -> List[Observed]:
         """The modules to observe for :meth:`recorded_proposals`."""
@@ -239,3 +238,25 @@ class BoxHead:
                 f"{key} compares box heads: the student's predicts {ours} classes, the teacher's "
                 f"{theirs}; take a teacher with the same classes, or set {key} to 0"
             )
+
+
+@torch.no_grad()
+def _copy_weights(student: nn.Module, teacher: nn.Module, key: str) -> None:
+    """Fills a part of the student with the same part of the teacher. Both go their own ways after.
+
+    Args:
+        student, teacher: modules with the same names and shapes.
+        key: config key that asks for it, for messages.
+
+    Raises:
+        UserError: if a name or a shape differs.
+    """
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name in {**ours, **theirs}:
+        shapes = [tuple(x[name].shape) if name in x else None for x in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{key} copies weights of the teacher, but '{name}' has shape {shapes[0]} in the "
+                f"student and {shapes[1]} in the teacher: take the same head, or set {key} to False"
+            )
+    student.load_state_dict(theirs)
