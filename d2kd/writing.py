@@ -117,9 +117,12 @@ def cannot_write(path: str, error: BaseException) -> str:
 
 
 def _sync_folder(folder: str) -> None:
-    """Brings a new name to the disk."""
+    """Brings a new name to the disk, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)

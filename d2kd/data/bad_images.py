@@ -8,11 +8,13 @@ evaluates looks there.
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from detectron2.data import DatasetMapper
+from torch.utils.data import get_worker_info
 
 from d2kd.errors import UserError
 
 from .findings import ERROR
 from .images import A_STRIP, check_image, too_deep
+from .workers import leave_signals_to_parent
 
 # In a sample: (file, what is wrong with it) of images that could not be read for it
 BAD_IMAGES = "bad_images"
@@ -57,8 +59,12 @@ class NamingMapper:
 
     def __init__(self, mapper: Mapper):
         self.mapper, self.refuse_deep = mapper, makes_white(mapper)
+        self._in_worker = False
 
     def __call__(self, entry: Dict[str, Any]) -> Dict[str, Any]:
+        if not self._in_worker and get_worker_info() is not None:
+            leave_signals_to_parent()
+            self._in_worker = True
         try:
             return mapped(entry, self.mapper, self.refuse_deep)
         except BadImage as problem:

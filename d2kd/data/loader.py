@@ -9,10 +9,7 @@ Detectron2's own sampler, mapper, batching and aspect-ratio grouping stay in cha
 
 import contextlib
 import logging
-import os
 import random
-import signal
-import threading
 from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
@@ -29,6 +26,7 @@ from d2kd.layers.random import preserve_rng_state
 from .bad_images import BAD_IMAGES, BadImage, makes_white, mapped
 from .check import load_training_dicts
 from .stream import Sample, StreamFrom, delivery_order, replay
+from .workers import leave_signals_to_parent
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +169,7 @@ class _SeededDataset(Dataset):
 
     def __getitem__(self, sample: Sample):
         if not self._in_worker and get_worker_info() is not None:
-            _leave_signals_to_trainer()
+            leave_signals_to_parent()
             self._in_worker = True
         position, index = sample
         if self.seed < 0:
@@ -201,22 +199,6 @@ class _SeededDataset(Dataset):
         following = ((index + i) % len(self) for i in range(1, len(self) + 1))
         dicts = ((i, self.dicts[i]) for i in following)
         return next(i for i, d in dicts if (d["width"] > d["height"]) == wide)
-
-
-def _leave_signals_to_trainer() -> None:
-    """A worker goes on until the process that trains has done its last step, whoever else sends
-    signals to a whole group of processes. That process may end it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 @contextlib.contextmanager

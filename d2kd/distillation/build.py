@@ -127,7 +127,9 @@ def _rebuild(
 ) -> str:
     """Rebuilds the teacher as the config says, and returns what was done."""
     node = cfg.DISTILL.TEACHER
-    options = Options(node.PRECISION, node.FOLD_NORMS, node.CHANNELS_LAST, node.COMPILE)
+    options = Options(
+        node.PRECISION, node.FOLD_NORMS, node.CHANNELS_LAST, node.COMPILE, cfg.SOLVER.AMP.ENABLED
+    )
     of_teacher = frozenset(read for asked in reads.values() for read in asked.teacher)
     return rebuild(teacher, student, of_teacher, options)
 

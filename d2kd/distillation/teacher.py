@@ -160,7 +160,8 @@ class TeacherPass:
             precision=self._teacher.precision,
         )
         towers = [read for read in self._reads if isinstance(read, Tower)]
-        proposals = [read for read in self._reads if isinstance(read, Proposals)]
+        # In the same order in every process, for they are sampled
+        proposals = sorted((x for x in self._reads if isinstance(x, Proposals)), key=repr)
         dense = any(isinstance(read, Dense) for read in self._reads)
         rpn = proposals and self._family.dense_head is not None
         if rpn or dense or any(tower.depth for tower in towers):

@@ -220,9 +220,11 @@ def batch_to_device(batched_inputs: List[Dict], device: torch.device) -> List[Di
         batched_inputs: as Detectron2's mapper gives them; not changed.
         device: of the detectors.
     """
+    # Boxes first: the host waits for their copies, and these for all that was begun before them
+    instances = [x["instances"].to(device) for x in batched_inputs]
     return [
-        {**x, "image": _image_to_device(x["image"], device), "instances": x["instances"].to(device)}
-        for x in batched_inputs
+        {**x, "image": _image_to_device(x["image"], device), "instances": boxes}
+        for x, boxes in zip(batched_inputs, instances)
     ]
 
 

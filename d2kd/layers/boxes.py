@@ -36,7 +36,8 @@ def paired_iou(boxes: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
-    return (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
+    return width * height  # the gradient of prod() makes the host wait
 
 
 def iou_log_loss(iou: Tensor) -> Tensor:

@@ -30,13 +30,13 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         out = x.relu()
-        ctx.save_for_backward(out > 0)
+        ctx.save_for_backward(out <= 0)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        return grad * ctx.saved_tensors[0]
+        return grad.masked_fill(ctx.saved_tensors[0], 0)  # also an infinite one
 
 
 def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:

@@ -88,7 +88,7 @@ class _TransferStatistics(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, mean, gain, slope, target = ctx.saved_tensors
         if ctx.relu:  # the gradient passes where the output, by the same steps, is positive
-            grad = (x - mean).mul_(gain).add_(target).gt_(0).mul_(grad)
+            grad = grad.masked_fill((x - mean).mul_(gain).add_(target) <= 0, 0)
         total = grad.sum(dim=(0, 2, 3), keepdim=True)
         out = grad * x
         slope = slope * (out.sum(dim=(0, 2, 3), keepdim=True) - total * mean)

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -150,3 +152,30 @@ def test_the_depth_of_an_image_is_looked_at_once(files, monkeypatch):
     monkeypatch.setattr(bad_images, "too_deep", asked.append)
     list(itertools.islice(loader(0), 2 * len(files) // 4))  # each of them twice
     assert sorted(asked) == sorted(set(asked))
+
+
+# Evaluates while somebody else sends SIGTERM to all of its processes
+EVALUATION = """
+import os, signal, subprocess, sys, time
+from detectron2.data import build_detection_test_loader
+from d2kd.data.bad_images import NamingLoader, NamingMapper
+
+def mapper(entry):
+    time.sleep(0.01)
+    return entry
+
+signal.signal(signal.SIGTERM, lambda *_: print("asked to stop"))
+entries = [{"file_name": str(i), "width": 4, "height": 4} for i in range(60)]
+loader = build_detection_test_loader(entries, mapper=NamingMapper(mapper), num_workers=2)
+for i, batch in enumerate(NamingLoader(loader)):
+    if i == 20:
+        kill = f"import os; os.killpg({os.getpgrp()}, {int(signal.SIGTERM)})"
+        subprocess.run([sys.executable, "-c", kill], start_new_session=True)
+print("evaluated", i + 1)
+"""
+
+
+def test_a_signal_to_all_processes_leaves_loading_for_an_evaluation_to_its_parent():
+    words = [sys.executable, "-W", "ignore", "-c", EVALUATION]
+    done = subprocess.run(words, capture_output=True, text=True, start_new_session=True)
+    assert done.stdout.splitlines() == ["asked to stop", "evaluated 60"], done.stderr

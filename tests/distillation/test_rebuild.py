@@ -1,5 +1,6 @@
 """The teacher rebuilt for speed: what is folded, what is not, and the proof of equal outputs."""
 
+import contextlib
 import copy
 import logging
 import shutil
@@ -14,7 +15,13 @@ from toys import AS_LOADED, STUDENTS, batch, detector, distill_config, step
 from d2kd.check.noise import try_on_noise
 from d2kd.checkpoint import checksum
 from d2kd.distillation import build_model
-from d2kd.distillation.rebuild import fold_frozen_norms, largest_unobserved
+from d2kd.distillation.rebuild import (
+    Options,
+    declared_outputs,
+    fold_frozen_norms,
+    largest_unobserved,
+    rebuild,
+)
 from d2kd.errors import UserError
 from d2kd.views import build_family
 from d2kd.views.reads import Stage
@@ -132,12 +139,63 @@ def test_a_wrong_rebuild_is_refused(tmp_path, monkeypatch):
         build_model(distill_config(tmp_path, "FCOS"))
 
 
+def test_float32_is_compared_in_all_of_its_bits(tmp_path, monkeypatch):
+    """As NVIDIA rounds by default, a deep teacher whose norms are folded differs by more than a
+    mistake would."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before, seen = [backend.allow_tf32 for backend in backends], []
+
+    def observed(*args):
+        seen.append([backend.allow_tf32 for backend in backends])
+        return declared_outputs(*args)
+
+    monkeypatch.setattr("d2kd.distillation.rebuild.declared_outputs", observed)
+    build_model(distill_config(tmp_path, "FCOS"))
+    assert seen == [[False, False]] * 2 and before[0]
+    assert [backend.allow_tf32 for backend in backends] == before
+
+
+@pytest.mark.parametrize("noise, refused", [(0.1, False), (1.0, True), (float("inf"), True)])
+def test_half_precision_goes_by_the_norm_of_all_differences(tmp_path, monkeypatch, noise, refused):
+    calls = []
+
+    def noisy(*args):
+        calls.append(args)
+        outputs = declared_outputs(*args)
+        if len(calls) == 1:
+            return outputs
+        return {
+            read: [x.float() + noise * x.float().std() * torch.randn(x.shape) for x in tensors]
+            for read, tensors in outputs.items()
+        }
+
+    monkeypatch.setattr("d2kd.distillation.rebuild.declared_outputs", noisy)
+    opts = [*AS_LOADED, "DISTILL.TEACHER.PRECISION", "float16"]
+    with pytest.raises(UserError, match="differ by") if refused else contextlib.nullcontext():
+        build_model(distill_config(tmp_path, "FCOS", opts))
+    assert len(calls) == 2
+
+
 def test_half_precision_is_compared_too(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     opts = ["DISTILL.TEACHER.PRECISION", "bfloat16"]
     model = build_model(distill_config(tmp_path, "FCOS", opts))
     assert model.teacher.precision_name == "bfloat16"
-    assert "The teacher runs rebuilt: bfloat16, " in caplog.text
+    assert (
+        "The teacher runs rebuilt: " in caplog.text and ", bfloat16; outputs as of" in caplog.text
+    )
+    assert ", in bfloat16 to " in caplog.text
+
+
+def test_mixed_precision_of_the_student_is_tried_on_the_teacher(tmp_path):
+    """Before the first step, which a teacher that overflows in float16 would spoil."""
+    model = build_model(distill_config(tmp_path, "FCOS"))
+    reads = {read for asked in model.reads.values() for read in asked.teacher}
+    mixed = Options(mixed=True)
+    assert ", in float16 to " in rebuild(model.teacher, model.family, reads, mixed)
+    model.teacher.detector.backbone.fpn_lateral3.weight.data *= 1e6
+    with pytest.raises(UserError, match="differ by nan.* or PRECISION to float32"):
+        rebuild(model.teacher, model.family, reads, mixed)
 
 
 def test_gradients_through_a_teacher_in_half_precision_survive(tmp_path):

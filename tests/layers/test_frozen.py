@@ -35,6 +35,14 @@ def test_values_and_gradients_are_those_of_the_plain_layers(conv):
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_closed_relu_stops_an_infinite_gradient():
+    """As torch's: in mixed precision a scaled gradient may overflow where nothing passes."""
+    x = torch.tensor([-1.0, 1.0], requires_grad=True)
+    with FrozenLayers():
+        y = torch.nn.functional.relu(x)
+    assert torch.autograd.grad(y, x, torch.tensor([float("inf"), 1.0]))[0].tolist() == [0, 1]
+
+
 def test_trained_layers_keep_their_gradient():
     net = layers()
     x = torch.randn(2, 4, 9, 8, dtype=torch.double)
