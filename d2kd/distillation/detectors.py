@@ -5,6 +5,7 @@ from typing import Iterator, NamedTuple, Sequence
 
 import torch
 from detectron2.config import CfgNode, instantiate
+from detectron2.layers import CNNBlockBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig
 from torch import nn
@@ -17,6 +18,8 @@ from d2kd.errors import UserError, building, nearest
 from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
 from d2kd.model_zoo import resolve_config, shipped_weights, trained_weights, zoo_weights
 from d2kd.modeling.backbone import check_p7
+
+_SMALL = 0.1  # what residual blocks of a random teacher add, relative to their initialisation
 
 
 class TeacherSource(NamedTuple):
@@ -192,10 +195,18 @@ def refuse_missing_weights(cfg: CfgNode, weights: str) -> None:
 
 
 def save_random_teacher(cfg: CfgNode, path: str) -> None:
-    """Writes the weights of a teacher as initialised, to try a config without the real ones.
+    """Writes the weights of a teacher as initialised, to try a config without the real ones. What
+    its residual blocks add is made small: otherwise the maps of a deep one grow beyond float16,
+    which those of a trained one do not.
 
     Args:
         cfg: of a run that distils.
         path: of the new file.
     """
-    torch.save({"model": build_teacher_detector(cfg).detector.state_dict()}, path)
+    detector = build_teacher_detector(cfg).detector
+    for block in detector.modules():
+        last = getattr(block, "conv3", getattr(block, "conv2", None))
+        if isinstance(block, CNNBlockBase) and last is not None:
+            scaled = last if getattr(last, "norm", None) is None else last.norm
+            scaled.weight.data.mul_(_SMALL)
+    torch.save({"model": detector.state_dict()}, path)

@@ -100,7 +100,7 @@ def rebuild(teacher: Teacher, student: Family, reads: Iterable[Read], options: O
         done += [options.precision]
     compiled = _compiled(teacher, student, reads, observed) if options.compile else []
     half = options.precision in ("float16", "bfloat16")
-    if half or compiled:
+    if half or compiled or (done and not found):
         worst = _worst_error(loaded, teacher, student, ROUGH if half else EXACT)
         found += [f"in {options.precision or 'float32'} to {worst:.0e}"]
     if options.mixed and not options.precision:

@@ -14,7 +14,8 @@ from toys import AS_LOADED, STUDENTS, batch, detector, distill_config, step
 
 from d2kd.check.noise import try_on_noise
 from d2kd.checkpoint import checksum
-from d2kd.distillation import build_model
+from d2kd.config import read_config
+from d2kd.distillation import build_model, build_teacher_detector, save_random_teacher
 from d2kd.distillation.rebuild import (
     Options,
     declared_outputs,
@@ -185,6 +186,26 @@ def test_half_precision_is_compared_too(tmp_path, caplog):
         "The teacher runs rebuilt: " in caplog.text and ", bfloat16; outputs as of" in caplog.text
     )
     assert ", in bfloat16 to " in caplog.text
+
+
+def test_float32_whatever_the_student_runs_in(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    opts = [*AS_LOADED, "DISTILL.TEACHER.PRECISION", "float32"]
+    build_model(distill_config(tmp_path, "FCOS", opts))
+    assert "The teacher runs rebuilt: float32; outputs as of the file in float32 to 0e+00" in (
+        caplog.text
+    )
+
+
+def test_a_deep_random_teacher_stays_in_the_range_of_float16(tmp_path):
+    """It stands for a trained one in checks, estimates and benchmarks, in mixed precision too."""
+    cfg = read_config("frs/retinanet_R_50_R_101-2x_2x", ["MODEL.DEVICE", "cpu"])
+    save_random_teacher(cfg, str(tmp_path / "teacher.pth"))
+    teacher = build_teacher_detector(cfg).detector.eval()
+    teacher.load_state_dict(torch.load(tmp_path / "teacher.pth", weights_only=True)["model"])
+    with torch.no_grad():
+        levels = teacher.backbone.bottom_up(60 * torch.randn(1, 3, 64, 64))
+    assert max(level.abs().max() for level in levels.values()) < torch.finfo(torch.float16).max / 10
 
 
 def test_mixed_precision_of_the_student_is_tried_on_the_teacher(tmp_path):
