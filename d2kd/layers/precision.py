@@ -26,4 +26,4 @@ def as_target(teacher: Tensor, student: Tensor) -> Tensor:
         return as_float(target)
     channels_last = student.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if channels_last else torch.contiguous_format
-    return target.to(as_float(target[:0]).dtype, memory_format=order)
+    return target.to(torch.promote_types(target.dtype, torch.float32), memory_format=order)
