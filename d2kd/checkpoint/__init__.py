@@ -22,7 +22,13 @@ from .student import (
     write_student_yaml,
 )
 from .verify import other_settings
-from .weights import checksum, load_teacher_weights, load_trained_weights, read_weights
+from .weights import (
+    checksum,
+    load_teacher_weights,
+    load_trained_weights,
+    read_weights,
+    refuse_missing,
+)
 
 __all__ = [
     "BEST_WEIGHTS",
@@ -44,6 +50,7 @@ __all__ = [
     "pointed_checkpoint",
     "read_best",
     "read_weights",
+    "refuse_missing",
     "refuse_not_finite",
     "refuse_occupied",
     "write_student_program",

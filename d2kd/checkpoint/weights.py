@@ -150,6 +150,20 @@ def reading(path: str, key: str) -> Iterator[None]:
         ) from e
 
 
+def refuse_missing(path: str, key: str) -> None:
+    """
+    Args:
+        path: a file, if any; what a URL or a ``detectron2://`` name leads to is not looked for.
+        key: the config key that gave the path, for messages.
+
+    Raises:
+        UserError: if the file is missing or cannot be opened.
+    """
+    if path and not is_address(path):
+        with reading(path, key), open(path.partition("?")[0], "rb"):  # Detectron2 takes options
+            pass
+
+
 def load_trained_weights(
     detector: nn.Module,
     path: str,

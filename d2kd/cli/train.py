@@ -94,9 +94,13 @@ def _write(plan: Plan, args: argparse.Namespace) -> str:
     is there, but only if the run can go on by it."""
     if args.force_resume:
         with tempfile.TemporaryDirectory() as folder:
-            trial = write_recipe(folder, plan.recipe, [])
-            setup(argparse.Namespace(**{**vars(args), "config_file": trial, "opts": []}))
+            _set_up(write_recipe(folder, plan.recipe, []), args)
     return plan.write(replace=args.force_resume)
+
+
+def _set_up(recipe: str, args: argparse.Namespace) -> None:
+    """Refuses a run that could not start."""
+    setup(argparse.Namespace(**{**vars(args), "config_file": recipe, "opts": []}))
 
 
 def _finetune(plan: Plan, args: argparse.Namespace) -> None:
@@ -116,6 +120,7 @@ def _finetune(plan: Plan, args: argparse.Namespace) -> None:
         steps = f"{cfg.SOLVER.MAX_ITER} iterations of {images} images"
         print(f"step {number}   {what}: {steps}, {time} without data and evaluation", flush=True)
     if not is_trained(plan.teacher_folder):
+        _set_up(second, args)  # not only once the teacher is trained
         train_teacher(first, _process_options(args))
 
 

@@ -18,6 +18,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from d2kd.checkpoint import (
     load_trained_weights,
     newest_checkpoint,
+    refuse_missing,
     refuse_occupied,
     write_student_program,
     write_student_yaml,
@@ -73,7 +74,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             _choose_weights(cfg, args.resume)
             refuse_not_evaluated(cfg)
         else:
-            _refuse_other_run(cfg, args)
+            _refuse_start(cfg, args)
             refuse_unusable(cfg)
         refuse_processes(cfg, args.num_gpus, processes_of(args), training=not args.eval_only)
     cfg.freeze()
@@ -98,12 +99,13 @@ def _choose_weights(cfg: CfgNode, resume: bool) -> None:
         )
 
 
-def _refuse_other_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _refuse_start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Whether a run may start or go on in its folder, and from its weights."""
     if not args.resume:
         refuse_occupied(cfg.OUTPUT_DIR)
-        return
-    saved = newest_checkpoint(cfg.OUTPUT_DIR)
+    saved = newest_checkpoint(cfg.OUTPUT_DIR) if args.resume else None
     if saved is None:
+        refuse_missing(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         return
     processes = processes_of(args)
     refuse_short(scale_to_processes(cfg, processes), saved)
@@ -234,7 +236,7 @@ def _set_up_and_hold(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only and args.machine_rank == 0:
         hold_folder(cfg.OUTPUT_DIR)
         with errors_in_words_of(cfg):  # another process may have trained there in the meantime
-            _refuse_other_run(cfg, args)
+            _refuse_start(cfg, args)
     return cfg
 
 

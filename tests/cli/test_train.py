@@ -71,6 +71,16 @@ def test_the_teachers_run_comes_first_and_once(started, tmp_path, capsys):
     assert "step 1   the teacher is trained already" in capsys.readouterr().out
 
 
+def test_a_student_that_could_not_start_is_told_before_its_teacher_is_trained(
+    started, tmp_path, capsys
+):
+    opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "/nowhere.pth"]
+    with pytest.raises(SystemExit):
+        main(["train", *NAMES, "--finetune-teacher", "--num-gpus", "0", *opts])
+    assert "MODEL.WEIGHTS is '/nowhere.pth': no such file" in capsys.readouterr().err
+    assert not started
+
+
 def test_changes_can_be_insisted_on_by_names(started, tmp_path, monkeypatch):
     words = ["train", *NAMES, "--finetune-teacher", "--num-gpus", "0", "OUTPUT_DIR", str(tmp_path)]
     main([*words, "SOLVER.MAX_ITER", "5"])

@@ -5,6 +5,7 @@ import torch
 from toys import detector
 
 from d2kd.cli.main import train as main
+from d2kd.engine import launch
 
 FCOS = "shapes/baselines/fcos_tiny.yaml"
 FRS = "shapes/frs/fcos_tiny.yaml"
@@ -51,6 +52,16 @@ def test_a_plain_detector_of_a_kind_that_nothing_reads_is_trained(run, tmp_path)
     file.write_text(base + "MODEL: {META_ARCHITECTURE: ProposalNetwork}\n")
     assert run(str(file), "DATASETS.TEST", "()") is None
     assert "ProposalNetwork" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_missing_weights_are_told_before_anything_is_built(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "run", None)
+        assert "MODEL.WEIGHTS is '/no.pth': no such file" in run(FRS, "MODEL.WEIGHTS", "/no.pth")
+    torch.save({"model": detector(FCOS).state_dict()}, tmp_path / "start.pth")
+    assert run(FRS, "MODEL.WEIGHTS", tmp_path / "start.pth") is None
+    (tmp_path / "start.pth").unlink()  # a run that goes on does not read it
+    assert run(FRS, "MODEL.WEIGHTS", tmp_path / "start.pth", flags=["--resume"]) is None
 
 
 def test_evaluation_needs_every_weight(run, tmp_path):
