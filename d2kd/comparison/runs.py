@@ -155,6 +155,7 @@ def _train_all(waiting: "Deque[_Training]", of_all: int, jobs: int) -> Dict[str,
                         bar.write(training.finish(), file=sys.stderr)
                     except UserError as error:
                         failed[training.folder] = error
+                        bar.total -= training.steps_left()
                         bar.write(f"{training.name} failed: {error}", file=sys.stderr)
     return failed
 

@@ -1,9 +1,10 @@
 """An exponential moving average (EMA) of the student."""
 
 import logging
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from timm.utils import ModelEmaV3
@@ -80,3 +81,14 @@ class EMAHook(HookBase):
         results = flatten_results_dict(self.trainer.test(self.trainer.cfg, self.average))
         metrics = {f"{EMA}/{name}": float(value) for name, value in results.items()}
         self.trainer.storage.put_scalars(**metrics, smoothing_hint=False)
+
+
+def ema_hook(
+    cfg: CfgNode,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpointer: StudentCheckpointer,
+) -> List[HookBase]:
+    """The :class:`EMAHook` of a run; none without ``SOLVER.EMA_DECAY``."""
+    decay = cfg.SOLVER.EMA_DECAY
+    return [EMAHook(student, decay, optimizer, checkpointer)] if decay else []

@@ -5,12 +5,13 @@ import math
 import resource
 import sys
 from functools import partial
-from typing import List, Optional, Sequence
+from typing import Callable, Iterable, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from d2kd.checkpoint import BEST_WEIGHTS, Best, StudentCheckpointer, read_best
@@ -69,6 +70,20 @@ class PreciseBN(hooks.PreciseBN):
         self._data_iter = None  # begin anew
         with preserve_rng_state():
             super().update_stats()
+
+
+def precise_bn_hook(
+    cfg: CfgNode, student: nn.Module, build_loader: Callable[[CfgNode], Iterable]
+) -> List[HookBase]:
+    """The :class:`PreciseBN` of a run, which measures with the student alone; none if it is not
+    enabled, or the student has no such norms."""
+    if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(student):
+        return []
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0  # as Detectron2's, which saves memory and time
+    test = cfg.TEST
+    return [PreciseBN(test.EVAL_PERIOD, student, build_loader(cfg), test.PRECISE_BN.NUM_ITER)]
 
 
 class BestHook(HookBase):

@@ -1,6 +1,6 @@
 """The state of a run that Detectron2 does not save, so that a resumed run ends as one that was
 never interrupted: random generators, the moving loss normaliser of dense detectors, metrics that
-are not written yet, and which teacher it had."""
+are not written yet, which teacher it had, and what the optimizer's state belongs to."""
 
 import random
 from typing import Any, Dict, List, Mapping
@@ -111,3 +111,9 @@ class RunState(HookBase):
             "streams": {name: stream.state_dict() for name, stream in self._streams.items()},
             "loss_normalizer": getattr(self._student, "loss_normalizer", None),
         }
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> List[str]:
+    """The model's names of what an optimizer trains, in its order: its state goes by position."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -35,6 +35,7 @@ from d2kd.data.bad_images import NamingLoader, NamingMapper
 from d2kd.data.classes import class_names_of
 from d2kd.data.loader import ResumableLoader
 from d2kd.distillation import TeacherStudent, build_model
+from d2kd.distillation.teacher_student import LOG_PERIOD
 from d2kd.errors import UserError, reason
 from d2kd.layers.random import preserve_rng_state
 from d2kd.lazy import is_lazy
@@ -43,18 +44,18 @@ from d2kd.one_line import exit_status
 
 from . import lazy_parts
 from .accumulation import accumulated_step
-from .averaging import EMAHook
+from .averaging import ema_hook
 from .evaluators import build_evaluator
 from .failures import as_user_error, keep_quiet_of_user_errors
 from .finite import FiniteLosses
-from .hooks import CostHook, GradScaleHook, PreciseBN, ScheduleHook, best_hook
+from .hooks import CostHook, GradScaleHook, ScheduleHook, best_hook, precise_bn_hook
 from .metrics import METRICS_FILE, forget_lines, has_ended, restore_metrics
 from .optimizer import build_lr_scheduler, build_optimizer, hyperparameters_kept
 from .preflight import refuse_other_classes
 from .processes import broadcast_statistics, wrap_ddp
 from .progress import ProgressPrinter
 from .results import evaluated
-from .run_state import RunState
+from .run_state import RunState, parameter_names
 from .scaling import scale_to_processes
 from .stopping import (
     SIGNALS_OF_PROCESS,
@@ -95,6 +96,7 @@ class DistillTrainer(DefaultTrainer):
         if is_lazy(cfg):
             lazy_parts.set_up_training(cfg, self.model)
         refuse_other_classes(cfg.DATASETS.TRAIN, self.student)
+        self.checkpointer = self._build_checkpointer()
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -114,51 +116,59 @@ class DistillTrainer(DefaultTrainer):
         model = self.bare_model
         return model.student if isinstance(model, TeacherStudent) else model
 
-    def build_hooks(self) -> List[HookBase]:
-        model, batches = self.bare_model, self.cfg.SOLVER.ACCUMULATION_STEPS
+    def _build_checkpointer(self) -> StudentCheckpointer:
+        """It saves the student, and beside it what the run goes on from."""
+        model, cfg = self.bare_model, self.cfg
         distilled = isinstance(model, TeacherStudent)
         self._run_state = RunState(
             self.student,
-            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            cfg.SOLVER.CHECKPOINT_PERIOD,
             model.random_streams() if distilled else {},
             model.teacher.checksum if distilled else "",
         )
-        self._stop_hook = StopHook(self.cfg.RUN.TIMEOUT)
         extra = {"distillers": model.distillers} if distilled else {}
-        self.checkpointer = StudentCheckpointer(
+        return StudentCheckpointer(
             self.student,
-            self.cfg.OUTPUT_DIR,
-            class_names=class_names_of(self.cfg.DATASETS.TRAIN),
-            keep=self.cfg.RUN.KEEP_CHECKPOINTS,
+            cfg.OUTPUT_DIR,
+            class_names=class_names_of(cfg.DATASETS.TRAIN),
+            keep=cfg.RUN.KEEP_CHECKPOINTS,
             trainer=self,
             run_state=self._run_state,
             **extra,
         )
-        average = self._average_hook()
+
+    def build_hooks(self) -> List[HookBase]:
+        """Detectron2's in their order, d2kd's own among them."""
+        model, cfg, is_main = self.bare_model, self.cfg, comm.is_main_process()
+        batches, period = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.CHECKPOINT_PERIOD
+        average = ema_hook(cfg, self.student, self._trainer.optimizer, self.checkpointer)
         self._finite = FiniteLosses(model, self._trainer.optimizer, batches)
-        stock = [self._of_student(hook) for hook in super().build_hooks()]
-        either = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        saving = next(i for i, hook in enumerate(stock) if isinstance(hook, either))
-        evaluating = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
-        evaluation, *rest = stock[evaluating:]
-        self._hooks_after_saving = [evaluation, *best_hook(self.cfg, self.checkpointer), *rest]
-        schedule = [ScheduleHook(model)] if distilled else []
-        cost = [CostHook(model, batches), GradScaleHook(self._trainer)]
-        before = [*schedule, *cost, *average, *stock[:saving], self._run_state]
-        return [*before, *stock[saving:evaluating], self._stop_hook, *self._hooks_after_saving]
+        self._stop_hook = StopHook(cfg.RUN.TIMEOUT)
+        schedule = [ScheduleHook(model)] if isinstance(model, TeacherStudent) else []
+        saving = [hooks.PeriodicCheckpointer(self.checkpointer, period)] if is_main else []
+        writing = [hooks.PeriodicWriter(self.build_writers(), LOG_PERIOD)] if is_main else []
+        self._hooks_after_saving = [
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            *best_hook(cfg, self.checkpointer),
+            *writing,
+        ]
+        return [
+            *schedule,
+            CostHook(model, batches),
+            GradScaleHook(self._trainer),
+            *average,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            *precise_bn_hook(cfg, self.student, self.build_train_loader),
+            self._run_state,
+            *saving,
+            self._stop_hook,
+            *self._hooks_after_saving,
+        ]
 
-    def _of_student(self, hook: HookBase) -> HookBase:
-        """Statistics of norms are measured with the student alone, which needs no teacher here."""
-        if not isinstance(hook, hooks.PreciseBN):
-            return hook
-        batches = self.cfg.TEST.PRECISE_BN.NUM_ITER
-        return PreciseBN(self.cfg.TEST.EVAL_PERIOD, self.student, hook._data_loader, batches)
-
-    def _average_hook(self) -> List[HookBase]:
-        decay = self.cfg.SOLVER.EMA_DECAY
-        if not decay:
-            return []
-        return [EMAHook(self.student, decay, self._trainer.optimizer, self.checkpointer)]
+    def _evaluate(self) -> OrderedDict:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def build_writers(self) -> List[EventWriter]:
         stock = [w for w in super().build_writers() if not isinstance(w, CommonMetricPrinter)]
@@ -174,16 +184,12 @@ class DistillTrainer(DefaultTrainer):
                 f"OUTPUT_DIR is '{self.cfg.OUTPUT_DIR}', where not every process finds the same "
                 "checkpoint to resume: give a folder that all machines share"
             )
-        self._warn_of_other_settings(source)
+        different = other_settings(self.checkpointer.meta, self.student, self.cfg.INPUT.FORMAT)
+        if different:  # training may start from such a file, but hardly wants to
+            logger.warning(f"Training starts from {source}, but {different}")
         if self.start_iter:
             self.data_loader.start_iter = self.start_iter * self.cfg.SOLVER.ACCUMULATION_STEPS
             self._run_state.restore()
-
-    def _warn_of_other_settings(self, source: str) -> None:
-        """Training may start from a file that was trained otherwise, but hardly wants to."""
-        different = other_settings(self.checkpointer.meta, self.student, self.cfg.INPUT.FORMAT)
-        if different:
-            logger.warning(f"Training starts from {source}, but {different}")
 
     def refuse_other_teacher(self) -> None:
         """
@@ -336,17 +342,11 @@ class DistillTrainer(DefaultTrainer):
         return {
             **state,
             "_trainer": self._trainer.state_dict(),
-            PARAMETER_NAMES: self._parameter_names(),
+            PARAMETER_NAMES: parameter_names(self.bare_model, self._trainer.optimizer),
         }
 
-    def _parameter_names(self) -> List[str]:
-        """In the order of the optimizer, whose state goes by position."""
-        names = {id(p): name for name, p in self.bare_model.named_parameters()}
-        groups = self._trainer.optimizer.param_groups
-        return [names[id(p)] for group in groups for p in group["params"]]
-
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        if state_dict[PARAMETER_NAMES] != self._parameter_names():
+        if state_dict[PARAMETER_NAMES] != parameter_names(self.bare_model, self._trainer.optimizer):
             raise UserError(
                 "the checkpoint to resume was written with other trained parameters: give the "
                 "config of its run, or another OUTPUT_DIR"
