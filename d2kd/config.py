@@ -233,6 +233,9 @@ def load_lazy(cfg: CfgNode, path: str, opts: Sequence = (), opts_key: str = "com
             whole_numbers_as_floats(cfg, values)
             cfg.merge_from_other_cfg(values)
         kept = checkpoints_kept(program)
+        problem = RUN_KEYS["KEEP_CHECKPOINTS"].problem(kept)
+        if problem:
+            raise UserError(f"train.checkpointer.max_to_keep is {kept!r}: {problem}")
         if kept:
             cfg.RUN.KEEP_CHECKPOINTS = min(kept, cfg.RUN.KEEP_CHECKPOINTS or kept)
         if test_size(program):

@@ -23,7 +23,8 @@ def run(*arguments):
 def test_a_step_is_that_of_a_cpu(method):
     found = run("step", method)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert all(line.startswith(f"{method}-") for line in found.stdout.split())
+    pairs = found.stdout.split()
+    assert pairs and all(line.startswith(f"{method}-") for line in pairs)
 
 
 def test_a_run_and_its_resumption(tmp_path):

@@ -131,7 +131,7 @@ def equal_time(detector: str, name: str) -> str:
     body = []
     for label, cells in by_label(read_runs(name)).items():
         method = label.rpartition(", ")[0] or label
-        cells = [cell for cell in cells if cell.seed in plain]
+        cells = comparable(cells, costs.get(method, 0.0), plain)
         if method not in costs or len(cells) < min(2, len(plain)):
             continue
         aps = mean_and_deviation([cell.results["AP"] for cell in cells])
@@ -139,6 +139,13 @@ def equal_time(detector: str, name: str) -> str:
         body.append([label, f"{costs[method]:.2f}", aps, beside.plain, beside.difference])
     headers = ["", "time of a step", "AP", "AP of the plain student in that time", "difference"]
     return _markdown(body, headers)
+
+
+def comparable(cells: List[Cell], cost: float, plain: Dict[int, Curve]) -> List[Cell]:
+    """Those of seeds whose plain student was trained for as long; if it was for none, of all seeds
+    that it has."""
+    known = [cell for cell in cells if cell.seed in plain]
+    return [cell for cell in known if cost <= max(plain[cell.seed][0])] or known
 
 
 class Beside(NamedTuple):
@@ -232,7 +239,8 @@ def matrix_row(detector: str, names: Sequence[str], equal_time: bool) -> Dict[st
                 found[method] = gain(rows[label], plain)
             elif method in costs:
                 over_time = plain_over_time(detector, name)
-                found[method] = beside_plain(rows[label], costs[method], over_time).difference
+                cells = comparable(rows[label], costs[method], over_time)
+                found[method] = beside_plain(cells, costs[method], over_time).difference
     return found
 
 

@@ -11,8 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from d2kd.checkpoint.downloads import is_address
-from d2kd.checkpoint.weights import reading
+from d2kd.checkpoint import refuse_missing
 from d2kd.config import read_config
 from d2kd.errors import UserError, building, nearest
 from d2kd.lazy import is_lazy, is_python, lazy_config, load_program
@@ -189,9 +188,7 @@ def refuse_missing_weights(cfg: CfgNode, weights: str) -> None:
             f"DISTILL.TEACHER.WEIGHTS is empty, and no weights are known for {config}: train it "
             f"first (d2kd train --config-file {config}), or give its checkpoint"
         )
-    if not is_address(weights):
-        with reading(weights, "DISTILL.TEACHER.WEIGHTS"), open(weights, "rb"):
-            pass
+    refuse_missing(weights, "DISTILL.TEACHER.WEIGHTS")
 
 
 def save_random_teacher(cfg: CfgNode, path: str) -> None:

@@ -115,15 +115,22 @@ def rebuild(teacher: Teacher, student: Family, reads: Iterable[Read], options: O
 def _all_bits_of_float32() -> Iterator[None]:
     """Inside of it, NVIDIA's convolutions and products do not round float32 to 10 bits (TF32),
     which would differ more between two ways to compute the same than a mistake does."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    backends = torch.backends
+    if hasattr(backends, "fp32_precision"):  # torch 2.9: the two ways cannot be mixed
+        name, exact = "fp32_precision", "ieee"
+        parts = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+        parts += (backends.mkldnn.conv, backends.mkldnn.matmul)
+    else:
+        name, exact = "allow_tf32", False
+        parts = (backends.cudnn, backends.cuda.matmul)
+    before = [getattr(part, name) for part in parts]
+    for part in parts:
+        setattr(part, name, exact)
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
+        for part, value in zip(parts, before):
+            setattr(part, name, value)
 
 
 def declared_outputs(teacher: Teacher, student: Family, reads: Iterable[Read]) -> Outputs:
@@ -187,10 +194,14 @@ def _worst_error(loaded: Outputs, teacher: Teacher, student: Family, tolerance: 
     read = max(errors, key=lambda x: math.inf if math.isnan(errors[x]) else errors[x])
     if errors[read] <= tolerance:
         return errors[read]
+    if tolerance == EXACT:
+        cause, other = "rebuilt for speed", "as loaded"
+        remedy = "FOLD_NORMS, CHANNELS_LAST or COMPILE to False"
+    else:
+        cause, other, remedy = "in half precision", "in float32", "PRECISION to float32"
     raise UserError(
-        "DISTILL.TEACHER: rebuilt for speed, the teacher gives other outputs than as loaded: its "
-        f"{read} differ by {errors[read]:.1g} of their value ({tolerance:g} can be "
-        "rounding): set FOLD_NORMS, CHANNELS_LAST or COMPILE to False, or PRECISION to float32"
+        f"DISTILL.TEACHER: {cause}, the teacher gives other outputs than {other}: its {read} "
+        f"differ by {errors[read]:.1g} of their value ({tolerance:g} can be rounding): set {remedy}"
     )
 
 

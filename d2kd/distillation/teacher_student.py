@@ -1,7 +1,7 @@
 """TeacherStudent: the meta-architecture that trains a student beside a frozen teacher."""
 
 from collections import deque
-from typing import Deque, Dict, FrozenSet, List, Tuple
+from typing import Deque, Dict, FrozenSet, List, Optional, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -75,7 +75,8 @@ class TeacherStudent(nn.Module):
         self.last_terms: Dict[Tuple[str, str], Tensor] = {}
         self.step_times: Deque[Stopwatch] = deque(maxlen=LOG_PERIOD)
         self.balance_period = BALANCE_PERIOD
-        self._idle: List[nn.Parameter] = []  # of the distillers, in the last step
+        # Of the distillers, since the last step of the optimizer
+        self._idle: Optional[List[nn.Parameter]] = None
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
@@ -170,10 +171,11 @@ class TeacherStudent(nn.Module):
         )
 
     def forget_idle(self) -> None:
-        """Drops the gradients, 0, of what had nothing to learn in the last step: to be called
-        before the optimizer's, whose decay would shrink what has not begun to learn."""
-        for parameter in self._idle:
+        """Drops the gradients, 0, of what had nothing to learn since the optimizer's last step: to
+        be called before its next one, whose decay would shrink what has not begun to learn."""
+        for parameter in self._idle or ():
             parameter.grad = None
+        self._idle = None
 
     def _weighted(self, name: str, values: Dict[str, Tensor], iteration: int) -> Dict[str, Tensor]:
         losses = {}
@@ -205,10 +207,13 @@ class TeacherStudent(nn.Module):
         losses = {**own, **distilled}
         waiting = [d for name, d in self.distillers.items() if active.get(name) != d.terms]
         used = parameters_reached(distilled.values()) if waiting else set()
-        self._idle = [p for d in waiting for p in d.parameters() if p not in used]
-        if self._idle:
+        idle = [p for d in waiting for p in d.parameters() if p not in used]
+        if idle:
             first = next(iter(losses))
-            losses[first] = losses[first] + 0.0 * torch.stack([p.sum() for p in self._idle]).sum()
+            losses[first] = losses[first] + 0.0 * torch.stack([p.sum() for p in idle]).sum()
+        # The optimizer's step may follow several passes
+        before = idle if self._idle is None else self._idle
+        self._idle = [p for p in idle if p in set(before)]
         return losses
 
 

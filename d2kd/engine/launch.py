@@ -234,9 +234,9 @@ def _set_up_and_hold(args: argparse.Namespace) -> CfgNode:
     """:func:`setup`, and no other run trains in the folder while this process lives."""
     cfg = setup(args)
     if not args.eval_only and args.machine_rank == 0:
-        hold_folder(cfg.OUTPUT_DIR)
-        with errors_in_words_of(cfg):  # another process may have trained there in the meantime
-            _refuse_start(cfg, args)
+        with errors_in_words_of(cfg):
+            hold_folder(cfg.OUTPUT_DIR)
+            _refuse_start(cfg, args)  # another process may have trained there in the meantime
     return cfg
 
 

@@ -29,6 +29,7 @@ PLACES = {
     "DATASETS.TEST": "dataloader.test.dataset.names",
     "DATASETS.DESCRIBED": "dataloader.described",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
+    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
 }
 # Of those that are d2kd's own, the defaults
 OWN_DEFAULTS = {

@@ -66,6 +66,8 @@ def lazy_config(cfg: CfgNode) -> DictConfig:
             OmegaConf.update(config, place, value, merge=False, force_add=True)
     for key, place in NODES.items():
         OmegaConf.update(config, place, plain_values(cfg[key]), merge=False)
+    if checkpoints_kept(config) == cfg.RUN.KEEP_CHECKPOINTS:  # where it was said, it can be changed
+        config.run.KEEP_CHECKPOINTS = 0
     return config
 
 

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils.events import EventStorage
 from host_syncs import HostSyncs
 from toys import batch
@@ -25,7 +26,7 @@ from contract.cells import (
 from d2kd.checkpoint.weights import checksum
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.methods.core import Terms
-from d2kd.methods.gdetkd import imitation, regions
+from d2kd.methods.gdetkd import regions
 from d2kd.views.families import BoxHead
 from d2kd.views.families.dense import DenseFamily
 
@@ -257,8 +258,13 @@ CALL_DETECTRON2 = (
     (DenseFamily, "assign"),
     (BoxHead, "run"),
     (regions, "sample_predicted_boxes"),
-    (imitation._RegionImitation, "pool"),
+    (ROIPooler, "forward"),
 )
+
+
+def test_what_may_wait_is_there():
+    """It is looked up on a machine with a GPU alone."""
+    assert all(callable(getattr(owner, name, None)) for owner, name in CALL_DETECTRON2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
