@@ -144,6 +144,15 @@ def test_methods_beside_a_plain_student_that_trains_for_as_long(monkeypatch, tmp
     assert results_page.page(page, tmp_path) == page
 
 
+@pytest.mark.parametrize("cost, seeds", [(1.25, [4, 1]), (1.75, [1]), (3.0, [4, 1])])
+def test_equal_time_needs_a_plain_student_that_trained_for_as_long(cost, seeds):
+    plain = {1: ([1.0, 2.0], [10.0, 20.0]), 4: ([1.0, 1.5], [10.0, 15.0])}
+    cells = [cell("x", seed, 30.0) for seed in (4, 9, 1)]
+    assert [x.seed for x in results_page.comparable(cells, cost, plain)] == seeds
+    found = results_page.beside_plain(results_page.comparable(cells, cost, plain), cost, plain)
+    assert found.difference.startswith("<") == (cost == 3.0)
+
+
 def test_matrix_takes_the_rows_on_equal_terms(monkeypatch, tmp_path):
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
     first = [("plain", 10.0), ("2 times as long", 20.0), ("FRS, published", 11.0)]

@@ -143,6 +143,21 @@ def test_the_newest_checkpoints_are_kept(tmp_path, toy_dataset):
     assert names == ["model_0000001.pth", "model_0000002.pth", "model_final.pth"]
 
 
+def test_how_many_are_kept_can_be_changed_where_it_was_said(tmp_path, toy_dataset):
+    key = "train__checkpointer__max_to_keep"
+    write_run_config(config(tmp_path, PLAIN, **{key: 3}))
+    for value, kept in ((10, 10), ("null", 0)):
+        cfg = read_config(f"{tmp_path}/config.py", words(tmp_path, **{key: value}))
+        assert cfg.RUN.KEEP_CHECKPOINTS == kept
+    with pytest.raises(UserError, match="train.checkpointer.max_to_keep is -1: give 0 or more"):
+        config(tmp_path, PLAIN, **{key: -1})
+
+
+def test_the_format_of_masks_is_that_of_the_mapper(tmp_path, toy_dataset):
+    key = "dataloader__train__mapper__instance_mask_format"
+    assert config(tmp_path, PLAIN, **{key: "bitmask"}).INPUT.MASK_FORMAT == "bitmask"
+
+
 def test_the_program_evaluates_its_run(made, tmp_path, capsys):
     cfg, trainer = made
     folder = str(tmp_path / "moved")

@@ -50,6 +50,17 @@ def test_adapters_wait_unchanged_for_their_term(tmp_path, name, waiting):
         assert all(unchanged) if iteration == 0 else not any(unchanged)
 
 
+def test_what_one_batch_of_a_step_trains_is_trained(tmp_path):
+    start = ["DISTILL.FRS.FEATURE.START_ITER", 1]
+    model, optimizer, _ = model_and_optimizer(tmp_path, "SGD", start, methods=("FRS",))
+    adapters = model.distillers["FRS"].adapters
+    before = [p.detach().clone() for p in adapters.parameters()]
+    for iteration in (1, 0):  # the second batch does not reach them
+        sum(step(model, batch(), iteration).values()).backward()
+    optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(before, adapters.parameters()))
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_all_else_is_as_without_the_exception(tmp_path, monkeypatch, name):
     def groups(optimizer, model):
