@@ -280,7 +280,8 @@ def _fill_teacher(
     teacher = Teacher(
         source.detector,
         input_format=source.input_format,
-        weights=f"{source.weights}, {verdict}",
+        weights=source.weights,
+        verdict=verdict,
         student=student,
         student_format=cfg.INPUT.FORMAT,
     )

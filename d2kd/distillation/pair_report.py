@@ -50,7 +50,9 @@ def pair_report(
     lines += [f"{name}: {x.caveat}" for name, x in distillers.items() if x.caveat]
     if student.not_distilled:
         lines.append(f"Learn from ground truth alone: {', '.join(student.not_distilled)}")
-    weights = f"{WEIGHTS_FROM}{teacher.weights or 'as initialised'}"
+    weights = WEIGHTS_FROM + (
+        f"{teacher.weights}, {teacher.verdict}" if teacher.weights else "as initialised"
+    )
     return "\n".join(["Teacher and student:", pair, weights, "", verdicts, *lines])
 
 

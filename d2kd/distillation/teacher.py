@@ -35,7 +35,8 @@ class Teacher:
         detector: the detector, in eval mode, without gradients.
         family: its family.
         input_format: channel order of the images that it was trained with.
-        weights: where its weights come from, and whether the file says that it fits.
+        weights: where its weights come from; "" if it is as initialised.
+        verdict: what the file says of whether it fits, in words.
         checksum: of the weights as loaded, whatever becomes of them.
         precision_name: one of :data:`~d2kd.layers.precision.PRECISIONS`, or "" to run as the
             student does.
@@ -50,6 +51,7 @@ class Teacher:
         student: nn.Module,
         student_format: str,
         weights: str = "",
+        verdict: str = "",
     ):
         """
         Args:
@@ -58,7 +60,8 @@ class Teacher:
             input_format: the teacher's ``INPUT.FORMAT``.
             student: the student, whose preprocessing may be the same.
             student_format: the student's ``INPUT.FORMAT``, in which images arrive.
-            weights: where its weights come from, for the report on the pair.
+            weights: where its weights come from.
+            verdict: whether they fit, for the report on the pair.
 
         Raises:
             UserError: if a format cannot be made from the other.
@@ -72,6 +75,7 @@ class Teacher:
         self.family = build_family(detector)
         self.input_format = input_format
         self.weights = weights
+        self.verdict = verdict
         self.checksum = checksum(detector)
         self.precision_name = ""
         self.random = RandomStream()

@@ -62,9 +62,11 @@ def test_evaluation_finds_what_is_not_known(tmp_path, toy_dataset):
     assert row.label == "student" and row.ap is not None and 0 <= row.ap < 20
 
 
-def test_a_teacher_of_other_classes_is_not_evaluated(tmp_path, toy_dataset):
-    classes = [*SMALLER, "MODEL.FCOS.NUM_CLASSES", 9]
-    torch.save({"model": detector(KINDS["FCOS"], classes).state_dict()}, tmp_path / "teacher.pth")
+@pytest.mark.parametrize("count, names", [(9, None), (6, list("abcdef"))])
+def test_a_teacher_of_other_classes_is_not_evaluated(tmp_path, toy_dataset, count, names):
+    classes = [*SMALLER, "MODEL.FCOS.NUM_CLASSES", count]
+    state = detector(KINDS["FCOS"], classes).state_dict()
+    torch.save({"model": state, "classes": names}, tmp_path / "teacher.pth")
     opts = ["DATASETS.TRAIN", (toy_dataset[0],), "DATASETS.TEST", (toy_dataset[1],)]
     opts += ["DISTILL.METHODS", ["PKD"], "DISTILL.TEACHER.CONFIG", KINDS["FCOS"]]
     opts += ["DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]

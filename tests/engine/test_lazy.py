@@ -148,7 +148,7 @@ def test_how_many_are_kept_can_be_changed_where_it_was_said(tmp_path, toy_datase
     write_run_config(config(tmp_path, PLAIN, **{key: 3}))
     for value, kept in ((10, 10), ("null", 0)):
         cfg = read_config(f"{tmp_path}/config.py", words(tmp_path, **{key: value}))
-        assert cfg.RUN.KEEP_CHECKPOINTS == kept
+        assert kept == cfg.RUN.KEEP_CHECKPOINTS
     with pytest.raises(UserError, match="train.checkpointer.max_to_keep is -1: give 0 or more"):
         config(tmp_path, PLAIN, **{key: -1})
 
