@@ -4,14 +4,10 @@ it drops some of these, and ends in a traceback over others.
 B boxes are four finite numbers, (x, y, width, height) in pixels.
 """
 
-import contextlib
-import functools
-import io
 from collections import Counter
 from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
-from pycocotools.coco import COCO
 
 from .findings import ERROR, WARNING, Finding, on_annotation
 from .masks import finding_on_mask, findings_on_run_lengths
@@ -52,9 +48,6 @@ def check_annotations(
         else is looked up.
     """
     lists = [*_missing_lists(data, path)]
-    if evaluated and isinstance(data, dict) and "info" not in data and _needs_info():
-        text = "has no 'info', which this version of pycocotools needs: add \"info\": {}"
-        lists.append(Finding("no info", ERROR, path, text))
     if any(finding.severity == ERROR for finding in lists):
         return lists
     images, annotations = data["images"], data.get("annotations", [])
@@ -75,20 +68,6 @@ def check_annotations(
         with_box = [a for a, is_box in zip(annotations, are_boxes) if is_box]
         findings += _placement(_boxes(images, with_box), path)
     return findings
-
-
-@functools.cache
-def _needs_info() -> bool:
-    """Whether the pycocotools that is installed cannot evaluate against a file without 'info'."""
-    coco = COCO()
-    coco.dataset = {"images": [{"id": 1}], "annotations": [], "categories": []}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-            coco.loadRes([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1.0}])
-    except KeyError:
-        return True
-    return False
 
 
 def _missing_lists(data: Any, path: str) -> Iterator[Finding]:

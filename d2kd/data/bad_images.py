@@ -8,7 +8,6 @@ evaluates looks there.
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 from detectron2.data import DatasetMapper
-from torch.utils.data import get_worker_info
 
 from d2kd.errors import UserError
 
@@ -59,12 +58,9 @@ class NamingMapper:
 
     def __init__(self, mapper: Mapper):
         self.mapper, self.refuse_deep = mapper, makes_white(mapper)
-        self._in_worker = False
 
     def __call__(self, entry: Dict[str, Any]) -> Dict[str, Any]:
-        if not self._in_worker and get_worker_info() is not None:
-            leave_signals_to_parent()
-            self._in_worker = True
+        leave_signals_to_parent()
         try:
             return mapped(entry, self.mapper, self.refuse_deep)
         except BadImage as problem:

@@ -1,31 +1,19 @@
 """The classes of data sets."""
 
 import re
-from typing import Iterable, Optional, Sequence, Tuple
+from typing import Sequence, Tuple
 
 from detectron2.data import MetadataCatalog
 
 
 def class_names_of(names: Sequence[str]) -> Tuple[str, ...]:
-    """The classes of the first of some data sets, in order; none if they are not known before it is
-    loaded.
+    """The classes of the first of some data sets, in order; none if they are not known. One that is
+    registered from a JSON in COCO's format without metadata knows them once it has been loaded.
 
     Args:
         names: of registered data sets.
     """
     return tuple(MetadataCatalog.get(names[0]).get("thing_classes", ())) if names else ()
-
-
-def num_classes_of(dataset_names: Iterable[str]) -> Optional[int]:
-    """Number of thing classes of the first data set that declares them, else None.
-
-    A data set registered from a COCO JSON without metadata declares them once it has been loaded.
-    """
-    for name in dataset_names:
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None:
-            return len(classes)
-    return None
 
 
 def plain_name(name: str) -> str:

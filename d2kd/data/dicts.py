@@ -8,6 +8,7 @@ import os
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from .annotations import check_annotations
@@ -20,27 +21,22 @@ _CHECKED = ("bbox", "category_id", "iscrowd", "ignore")
 _WRITTEN = ("segmentation", "keypoints")
 
 
-def check_dicts(
-    dicts: Sequence[Mapping[str, Any]],
-    classes: Sequence[str],
-    name: str,
-    evaluated: bool,
-    masks: str,
-    written: bool,
+def findings_in_dicts(
+    dicts: Sequence[Mapping[str, Any]], name: str, evaluated: bool, masks: str
 ) -> List[Finding]:
-    """
-    Args:
-        dicts: of a registered data set.
-        classes: its class names.
-        name: of the set.
-        evaluated, masks: what :func:`~d2kd.data.annotations.check_annotations` takes.
-        written: COCO's evaluation reads them from a JSON that Detectron2 writes.
+    """What is wrong in the annotations of a set that is registered without a file.
 
-    Returns:
-        what is wrong.
+    Args:
+        dicts: in Detectron2's format.
+        name: of the set.
+        evaluated: it is evaluated with.
+        masks: what :func:`~d2kd.data.annotations.check_annotations` takes.
     """
-    findings = check_annotations(_as_file(dicts, classes), name, evaluated, masks)
-    return [*findings, *(_unwritable(dicts, name) if written else ())]
+    metadata = MetadataCatalog.get(name)
+    data = _as_file(dicts, metadata.get("thing_classes", ()))
+    written = evaluated and metadata.get("evaluator_type") == "coco"  # as JSON, by Detectron2
+    unwritable = _unwritable(dicts, name) if written else ()
+    return [*check_annotations(data, name, evaluated, masks), *unwritable]
 
 
 def _as_file(dicts: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Mapping[str, Any]:
@@ -56,7 +52,7 @@ def _as_file(dicts: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Mapp
     numbers = {a.get("category_id") for a in annotations}
     known: List[Tuple[int, str]] = list(enumerate(classes)) or [(n, str(n)) for n in numbers]
     categories = [{"id": number, "name": name} for number, name in known]
-    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _annotation(a: Mapping[str, Any]) -> Dict[str, Any]:

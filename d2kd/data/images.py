@@ -1,7 +1,7 @@
 """What is wrong with the files of images: each is read as training would read it."""
 
 import os
-from typing import Any, Iterable, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
@@ -27,15 +27,7 @@ _STRIP = 50
 A_STRIP = "image that is a strip"
 
 
-class ImageProblem(NamedTuple):
-    """What is wrong with the file of an image."""
-
-    kind: str
-    message: str
-    severity: str = ERROR
-
-
-def too_deep(path: str) -> Optional[ImageProblem]:
+def too_deep(path: str) -> Optional[Finding]:
     """Whether Detectron2 would make white of an image in silence. Only its header is read.
 
     Args:
@@ -51,8 +43,10 @@ def too_deep(path: str) -> Optional[ImageProblem]:
         return None
     if not mode.startswith(_DEEP):
         return None
-    return ImageProblem(
+    return Finding(
         "image of 16 bits",
+        ERROR,
+        path,
         f"has more than 8 bits per channel (Pillow's mode {mode}), of which Detectron2 would make "
         "white: write it with 8 bits, scaled as you choose",
     )
@@ -77,7 +71,7 @@ def refuse_outside(dicts: Iterable[Mapping[str, Any]], folders: Sequence[str], s
             )
 
 
-def check_image(entry: Mapping[str, Any]) -> Optional[ImageProblem]:
+def check_image(entry: Mapping[str, Any]) -> Optional[Finding]:
     """
     Args:
         entry: a dict in Detectron2's format.
@@ -87,47 +81,51 @@ def check_image(entry: Mapping[str, Any]) -> Optional[ImageProblem]:
         none.
     """
     path = entry.get("file_name")
-    if path is None:
-        return None
+    found = path and (_unopened(path) or too_deep(path) or _unreadable_or_odd(path, entry))
+    return found._replace(image=entry.get("image_id")) if found else None
+
+
+def _unopened(path: str) -> Optional[Finding]:
     if not PathManager.isfile(path):
-        return ImageProblem("image missing", "does not exist")
+        return Finding("image missing", ERROR, path, "does not exist")
     with PathManager.open(path, "rb") as f:
         empty = not f.read(1)
-    if empty:
-        return ImageProblem("image of 0 bytes", "is empty: copy it again")
-    return too_deep(path) or _unreadable_or_odd(path, entry)
+    return Finding("image of 0 bytes", ERROR, path, "is empty: copy it again") if empty else None
 
 
-def _unreadable_or_odd(path: str, entry: Mapping[str, Any]) -> Optional[ImageProblem]:
+def _unreadable_or_odd(path: str, entry: Mapping[str, Any]) -> Optional[Finding]:
     try:
         with PathManager.open(path, "rb") as f, Image.open(f) as image:
             orientation, raw = image.getexif().get(EXIF_ORIENTATION, 1), image.size
         height, width = read_image(path, "BGR").shape[:2]
     except UnidentifiedImageError:
-        return ImageProblem("file that is no image", "is no image that Pillow knows")
+        return Finding("file that is no image", ERROR, path, "is no image that Pillow knows")
     except Exception as error:  # whatever a decoder makes of a broken file
-        return ImageProblem("image that cannot be decoded", f"is damaged ({reason(error)})")
+        text = f"is damaged ({reason(error)})"
+        return Finding("image that cannot be decoded", ERROR, path, text)
     expected = (entry.get("width", width), entry.get("height", height))
     if expected != (width, height):
-        return _other_size((width, height), expected, raw, orientation)
+        kind, text = _other_size((width, height), expected, raw, orientation)
+        return Finding(kind, ERROR, path, text)
     if max(width, height) > _STRIP * min(width, height):
         text = f"is {width} x {height}: resized to a training size, nothing may be left of it"
-        return ImageProblem(A_STRIP, text, WARNING)
+        return Finding(A_STRIP, WARNING, path, text)
     if orientation in (*range(2, 9),):
         text = f"EXIF orientation {orientation} is applied on reading: its boxes must be of the "
-        return ImageProblem("image with an EXIF orientation", text + "upright image", WARNING)
+        return Finding("image with an EXIF orientation", WARNING, path, text + "upright image")
     return None
 
 
-def _other_size(found: tuple, expected: tuple, raw: tuple, orientation: int) -> ImageProblem:
+def _other_size(found: tuple, expected: tuple, raw: tuple, orientation: int) -> Tuple[str, str]:
+    """Kind and text."""
     sizes = f"is {found[0]} x {found[1]}, its annotations say {expected[0]} x {expected[1]}"
     if orientation in SIDEWAYS and expected == raw:
         text = (
             f"{sizes}, the size before its EXIF orientation {orientation} is applied: turn the "
             "pixels and remove the tag, or annotate the upright image"
         )
-        return ImageProblem("image turned by EXIF", text)
-    return ImageProblem("image of another size", f"{sizes}: correct 'width' and 'height'")
+        return "image turned by EXIF", text
+    return "image of another size", f"{sizes}: correct 'width' and 'height'"
 
 
 class _Images(Dataset):
@@ -137,7 +135,7 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.dicts)
 
-    def __getitem__(self, index: int) -> Optional[ImageProblem]:
+    def __getitem__(self, index: int) -> Optional[Finding]:
         return check_image(self.dicts[index])
 
 
@@ -152,9 +150,5 @@ def check_images(
         name: of the data set, for the bar.
     """
     loader = DataLoader(_Images(dicts), batch_size=None, num_workers=processes)
-    problems = tqdm(loader, total=len(dicts), desc=name, unit="image", disable=None)
-    return [
-        Finding(found.kind, found.severity, d["file_name"], found.message, d.get("image_id"))
-        for d, found in zip(dicts, problems)
-        if found is not None
-    ]
+    found = tqdm(loader, total=len(dicts), desc=name, unit="image", disable=None)
+    return [finding for finding in found if finding is not None]

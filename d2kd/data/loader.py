@@ -18,7 +18,7 @@ from detectron2.config import configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from d2kd.errors import UserError
 from d2kd.layers.random import preserve_rng_state
@@ -161,16 +161,13 @@ class _SeededDataset(Dataset):
         self.dicts = DatasetFromList(dicts, copy=False)  # serialised: workers share the memory
         self.mapper, self.refuse_deep = PicklableWrapper(mapper), makes_white(mapper)
         self.seed, self.rank, self.skip = seed, comm.get_rank(), skip
-        self._in_worker = False
         self._known: Set[int] = set()  # images that have been read once
 
     def __len__(self) -> int:
         return len(self.dicts)
 
     def __getitem__(self, sample: Sample):
-        if not self._in_worker and get_worker_info() is not None:
-            leave_signals_to_parent()
-            self._in_worker = True
+        leave_signals_to_parent()
         position, index = sample
         if self.seed < 0:
             return self._map(index)

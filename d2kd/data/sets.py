@@ -13,7 +13,7 @@ from d2kd.errors import UserError
 
 from .annotations import check_annotations
 from .classes import class_names_of
-from .dicts import check_dicts
+from .dicts import findings_in_dicts
 from .findings import ERROR, Finding, by_kind, count
 from .images import check_image
 
@@ -120,23 +120,6 @@ def findings_in_file(name: str, evaluated: bool, masks: str) -> List[Finding]:
     return check_annotations(data, path, evaluated, masks)
 
 
-def findings_in_dicts(
-    dicts: Sequence[Mapping[str, Any]], name: str, evaluated: bool, masks: str
-) -> List[Finding]:
-    """What is wrong in the annotations of a set that is registered without a file.
-
-    Args:
-        dicts: in Detectron2's format.
-        name: of the set.
-        evaluated: it is evaluated with.
-        masks: what :func:`~d2kd.data.annotations.check_annotations` takes.
-    """
-    metadata = MetadataCatalog.get(name)
-    written = evaluated and metadata.get("evaluator_type") == "coco"
-    classes = metadata.get("thing_classes", ())
-    return check_dicts(dicts, classes, name, evaluated, masks, written=written)
-
-
 class DatasetContent(NamedTuple):
     """What there is in a data set."""
 
@@ -205,12 +188,8 @@ def quick_look(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
     lost = {finding.file for finding in missing}
     there = [d for d in dicts if d.get("file_name") not in lost]
     sample = there[:: max(len(there) // _SAMPLE, 1)][:_SAMPLE]
-    found = [(d, check_image(d)) for d in sample]
-    return missing + [
-        Finding(problem.kind, ERROR, d["file_name"], problem.message, d.get("image_id"))
-        for d, problem in found
-        if problem is not None and problem.severity == ERROR
-    ]
+    found = filter(None, map(check_image, sample))
+    return missing + [finding for finding in found if finding.severity == ERROR]
 
 
 def _missing(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:

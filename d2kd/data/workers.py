@@ -1,13 +1,23 @@
 """Processes that load data for the one that trains or evaluates."""
 
+import functools
 import os
 import signal
 import threading
 
+from torch.utils.data import get_worker_info
+
 
 def leave_signals_to_parent() -> None:
-    """Called in a worker, which then goes on until its parent has done its last step, whoever else
-    sends signals to a whole group of processes. The parent may end it."""
+    """Called before every sample, lets a worker go on until its parent has done its last step,
+    whoever else sends signals to a whole group of processes. The parent may end it. In the process
+    that trains or evaluates itself nothing happens."""
+    if get_worker_info() is not None:
+        _leave_signals(os.getpid())
+
+
+@functools.lru_cache  # once per process; one that is forked takes over what the other remembers
+def _leave_signals(process: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -14,7 +14,7 @@ from d2kd.data.check import (
     check_dataset_names,
     check_evaluation,
 )
-from d2kd.data.classes import num_classes_of
+from d2kd.data.classes import class_names_of
 from d2kd.data.loader import images_per_process
 from d2kd.errors import UserError
 from d2kd.lazy import is_lazy, lazy_config
@@ -90,10 +90,9 @@ def refuse_no_evaluation(cfg: CfgNode, training: bool = True) -> None:
     Raises:
         UserError: see there; and for a kind of set that d2kd has no evaluator for.
     """
-    if is_lazy(cfg):
-        check_evaluation(cfg, training)
-    else:
-        check_evaluation(cfg, training, refuse_without_evaluator)
+    check_evaluation(cfg, training)
+    for name in () if is_lazy(cfg) else cfg.DATASETS.TEST:
+        refuse_without_evaluator(name)
 
 
 def refuse_settings(cfg: CfgNode) -> None:
@@ -165,7 +164,7 @@ def refuse_other_classes(names: Sequence[str], student: nn.Module) -> None:
         UserError: if the data has another number of classes than the student.
     """
     family = find_family(student)  # a plain detector may be of a kind without one
-    in_data, in_model = num_classes_of(names), family and family.num_classes
+    in_data, in_model = len(class_names_of(names)) or None, family and family.num_classes
     if None not in (in_data, in_model) and in_data != in_model:
         raise UserError(
             f"DATASETS.TRAIN {tuple(names)} has {in_data} classes, but the student predicts "

@@ -18,7 +18,7 @@ from detectron2.engine import (
     TrainerBase,
     hooks,
 )
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
@@ -77,8 +77,7 @@ class DistillTrainer(DefaultTrainer):
     optimizer, schedule, data and evaluators itself.
     """
 
-    _failed = False
-    _stop_signal = 0
+    _failed, _stop_signal = False, 0
 
     def __init__(self, cfg: CfgNode):
         # DefaultTrainer's own gives every process a GPU.
@@ -382,7 +381,10 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         build = lazy_parts.build_evaluator if is_lazy(cfg) else build_evaluator
-        return build(cfg, dataset_name)
+        evaluator = build(cfg, dataset_name)
+        if isinstance(evaluator, COCOEvaluator):  # some pycocotools cannot do without
+            evaluator._coco_api.dataset.setdefault("info", {})
+        return evaluator
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:

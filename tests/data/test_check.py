@@ -8,7 +8,7 @@ from PIL import Image
 
 from d2kd.config import default_config
 from d2kd.data.check import load_training_dicts
-from d2kd.data.classes import num_classes_of
+from d2kd.data.classes import class_names_of
 from d2kd.data.sets import findings_in_file
 from d2kd.errors import UserError
 
@@ -58,7 +58,7 @@ def test_a_good_set_is_loaded_once_as_detectron2_does(check, monkeypatch):
     dicts = check(coco())
     assert calls == [NAME]
     assert len(dicts) == 1 and dicts[0]["annotations"][0]["category_id"] == 0
-    assert num_classes_of([NAME]) == 2
+    assert len(class_names_of([NAME])) == 2
 
 
 def test_names_may_wander_within_the_folder(check):
@@ -68,7 +68,7 @@ def test_names_may_wander_within_the_folder(check):
 def test_classes_are_unknown_without_metadata():
     DatasetCatalog.register("check_bare", lambda: [])
     try:
-        assert num_classes_of(["check_bare"]) is None
+        assert class_names_of(["check_bare"]) == ()
     finally:
         DatasetCatalog.remove("check_bare")
         MetadataCatalog.remove("check_bare")

@@ -263,10 +263,3 @@ def test_a_set_without_a_file_is_looked_into_as_well():
         "box that is not four numbers",
         "box that leaves its image",
     ]
-
-
-@pytest.mark.parametrize("needed", [True, False])
-def test_info_is_asked_for_where_pycocotools_needs_it(monkeypatch, sets, needed):
-    monkeypatch.setattr("d2kd.data.annotations._needs_info", lambda: needed)
-    sets("TEST", change=lambda data: data.pop("info"))
-    assert [f.kind for f in found("faults_TEST", True)] == ["no info"] * needed

@@ -19,7 +19,7 @@ from toys import detector
 from d2kd.checkpoint import load_trained_weights
 from d2kd.data.builtin import register_shapes
 from d2kd.data.shapes import SPECS
-from d2kd.engine import coco_evaluation
+from d2kd.engine import DistillTrainer, coco_evaluation
 from d2kd.engine.coco_evaluation import FasterCOCOEvaluator, coco_evaluator
 from d2kd.errors import UserError
 
@@ -212,6 +212,20 @@ def test_an_annotation_of_an_image_that_is_not_listed_counts_for_nothing(made):
     register(name, data, str(folder / "annotations.json"))
     ours = evaluate(FasterCOCOEvaluator(name), detections)["bbox"]
     assert ours == pytest.approx(evaluate(COCOEvaluator(name), detections)["bbox"], **EXACT)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_file_without_info_will_do(made, monkeypatch, fast):
+    name, data, detections, folder = made
+    data.pop("info", None)
+    register(name, data, str(folder / "annotations.json"))
+    MetadataCatalog.get(name).evaluator_type = "coco"
+    if not fast:
+        monkeypatch.setattr(coco_evaluation, "faster_coco_eval", None)
+    evaluator = DistillTrainer.build_evaluator(get_cfg(), name)
+    evaluator._output_dir = None
+    assert isinstance(evaluator, FasterCOCOEvaluator) == fast
+    assert 0 < evaluate(evaluator, detections)["bbox"]["AP"] < 100
 
 
 @contextlib.contextmanager
