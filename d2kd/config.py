@@ -24,7 +24,7 @@ from d2kd.lazy import (
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.methods.core import drop_unregistered
 from d2kd.model_zoo import resolve_config, run_folder
-from d2kd.modeling import add_dense_detector_config
+from d2kd.modeling import add_modeling_config
 from d2kd.modeling.backbone import use_p7_without_relu
 from d2kd.modeling.backbone.timm import use_timm_pixels
 from d2kd.modeling.config import MODEL_KEYS
@@ -144,7 +144,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     ``MODEL`` describes the student, as in any Detectron2 config; ``DISTILL`` what teaches it.
     Each method's own node, ``DISTILL.<METHOD>``, is described in its file in ``d2kd/methods``.
     """
-    add_dense_detector_config(cfg)
+    add_modeling_config(cfg)
     cfg.SOLVER.update(config_node(SOLVER_KEYS))
     cfg.DATASETS.update(config_node(DATASETS_KEYS))
     cfg.RUN = config_node(RUN_KEYS)

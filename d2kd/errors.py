@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import traceback
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Sequence
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 # Names that a message lists at most
-MOST_NAMES = 20
+MAX_NAMES = 20
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -43,8 +43,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name[start:].lower(), by_lower, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{by_lower[close[0]]}'?"
-    shown = ", ".join(known[:MOST_NAMES])
-    return f"known: {shown}" + (f" and {len(known) - MOST_NAMES} more" * (len(known) > MOST_NAMES))
+    return f"known: {first_of(known, MAX_NAMES)}"
+
+
+def first_of(names: Sequence[str], number: int) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(names[:number]) + more
 
 
 def reason(error: BaseException) -> str:

@@ -19,8 +19,8 @@ _EXPRESSION_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _ANCHOR_SIZES = re.compile(
     r"\[\[x,x\*2\*\*\(1\.0/3\),x\*2\*\*\(2\.0/3\)\]forxin\[(\d+(?:\.\d+)?(?:,\d+(?:\.\d+)?)*)\]\]"
 )
-_MOST_FILES = 100  # that a config is based on
-_MOST_VALUES = 1_000_000  # of a file, however few aliases say so
+_MAX_FILES = 100  # that a config is based on
+_MAX_VALUES = 1_000_000  # of a file, however few aliases say so
 
 
 def read_yaml(path: str) -> Dict[str, Any]:
@@ -78,10 +78,10 @@ class _PlainYaml(CfgNode):
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
         cls.opened += 1
-        if cls.opened > _MOST_FILES:  # twelve files can ask for each other a million times
+        if cls.opened > _MAX_FILES:  # twelve files can ask for each other a million times
             raise UserError(
                 f"{filename}: its {BASE_KEY} leads back to a file that is based on it, or to more "
-                f"than {_MOST_FILES} files"
+                f"than {_MAX_FILES} files"
             )
         try:
             with super()._open_cfg(filename) as f:
@@ -114,7 +114,7 @@ def plain_yaml(text: Union[str, bytes], loader: Type[yaml.SafeLoader] = yaml.Saf
     try:
         node = reader.get_single_node()
         values = _count(node, {})
-        if values > _MOST_VALUES:
+        if values > _MAX_VALUES:
             raise yaml.YAMLError(f"holds {values:.0e} values once its aliases are written out")
         _refuse_twice(node, set())
         return None if node is None else reader.construct_document(node)

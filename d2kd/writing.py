@@ -17,7 +17,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _WRONG_PLACE = (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError)
 
 
-class WholeFiles:
+class AtomicPathManager:
     """Detectron2's path manager for a checkpointer, but a file of the local disk that is opened
     with "w" is written under another name, brought to the disk, and renamed at the end."""
 
@@ -26,12 +26,12 @@ class WholeFiles:
 
     def open(self, path: str, mode: str = "r", **kwargs) -> Any:
         if "w" in mode:
-            return written_whole(path, mode)
+            return atomic_write(path, mode)
         return PathManager.open(path, mode, **kwargs)
 
 
 @contextlib.contextmanager
-def written_whole(path: str, mode: str = "w") -> Iterator[Any]:
+def atomic_write(path: str, mode: str = "w") -> Iterator[Any]:
     """
     Args:
         path: a file of the local disk, which keeps what it holds until all is written.

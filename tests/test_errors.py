@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2kd.errors import MOST_NAMES, nearest
+from d2kd.errors import MAX_NAMES, nearest
 
 KEYS = ["SEED", "SOLVER", "SOLVER.BASE_LR", "SOLVER.MAX_ITER", "DISTILL.FRS.CLS", "DISTILL.FRS.P"]
 
@@ -24,5 +24,5 @@ def test_the_nearest_name_or_those_beside_it(name, ending):
 
 
 def test_of_many_names_some_are_shown():
-    ending = nearest("zzz", [f"name{i:02}" for i in range(MOST_NAMES + 7)])
+    ending = nearest("zzz", [f"name{i:02}" for i in range(MAX_NAMES + 7)])
     assert ending.startswith("known: name00, name01") and ending.endswith("name19 and 7 more")

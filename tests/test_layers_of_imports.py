@@ -21,7 +21,7 @@ LAYERS = [
     {"modeling", "data", "model_zoo", "safe_yaml"},
     {"views"},
     {"methods"},
-    {"config", "student_config"},
+    {"config"},
     {"checkpoint"},
     {"distillation"},
     {"engine"},

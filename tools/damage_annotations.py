@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 
 def damaged(coco: Dict[str, Any], wrong: float, missing: float, seed: int) -> Dict[str, Any]:
@@ -57,7 +57,7 @@ def main() -> None:
     with open(args.source) as f:
         coco = json.load(f)
     worse = damaged(coco, args.wrong, args.missing, args.seed)
-    with written_whole(args.output) as f:
+    with atomic_write(args.output) as f:
         json.dump(worse, f)
     print(f"{args.output}: {len(worse['annotations'])} of {len(coco['annotations'])} annotations")
 

@@ -43,9 +43,9 @@ RECIPES = os.path.join(os.path.dirname(PACKAGE[:-1]), "configs", "shapes", "*", 
 KEPT = ("OUTPUT_DIR", "DISTILL.TEACHER", "DATASETS", "DATALOADER", "MODEL.DEVICE", "VERSION")
 VALUES = (None, float("nan"), float("inf"), 0, -1, 0.5, -0.5, 10**9, 10**12, "", "wrong", True, [])
 # A student of more numbers than this was not meant
-MOST_PARAMETERS = 50e6
-MOST_MEMORY = 12 * 2**30  # bytes of one process
-MOST_SECONDS = 180  # for one mutation
+MAX_PARAMETERS = 50e6
+MAX_MEMORY = 12 * 2**30  # bytes of one process
+MAX_SECONDS = 180  # for one mutation
 LIBRARY = "traceback of a library"
 
 
@@ -99,7 +99,7 @@ def outcome(path: str, teacher: str) -> Tuple[str, str]:
         cfg = read_config(path, ["DISTILL.TEACHER.WEIGHTS", teacher])
         model = build_for_training(cfg)
         parameters = sum(p.numel() for p in model.parameters())
-        if parameters > MOST_PARAMETERS:
+        if parameters > MAX_PARAMETERS:
             return "giant", f"{parameters / 1e6:.0f} M parameters"
         try_on_noise(cfg, model)
     except LossNotFinite as error:
@@ -136,7 +136,7 @@ def mutation_of(seed: int, number: int, recipes: List[str]) -> Mutation:
 
 def work(seed: int, numbers: List[int], recipes: List[str], results: Connection) -> None:
     """What one process does: says each number when it starts on it, then what came of it."""
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     teachers: Dict[str, str] = {}
@@ -167,7 +167,7 @@ def outcomes(seed: int, numbers: List[int], recipes: List[str]) -> Iterator[Tupl
         at, kind = numbers[0], "died"
         with contextlib.suppress(EOFError):
             while at != numbers[-1] or kind != "done":
-                if not ours.poll(MOST_SECONDS):
+                if not ours.poll(MAX_SECONDS):
                     kind = "hangs"
                     break
                 at, said = ours.recv()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from d2kd.config import read_config
 from d2kd.data.shapes import SHAPES, draw_image
 from d2kd.errors import UserError
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 # One shape of the larger data set that fills its image, nothing before or behind it
 SINGLE = dataclasses.replace(
@@ -118,7 +118,7 @@ def main() -> None:
         backbone, share = pretrain(cfg, args.steps)
         os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
         weights = {f"backbone.bottom_up.{k}": v for k, v in backbone.state_dict().items()}
-        with written_whole(file, "wb") as f:
+        with atomic_write(file, "wb") as f:
             torch.save({"model": weights}, f)
     except UserError as error:
         parser.exit(1, f"error: {error}\n")

@@ -10,7 +10,7 @@ import numpy as np
 from tabulate import tabulate
 
 from d2kd.errors import UserError, reason
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 from .measuring import PARTS, STANDARD_PARTS, Case, Costs, Load
 
@@ -161,7 +161,7 @@ def write_costs(all_costs: Sequence[Costs], path: str) -> None:
     entries = [
         {**c._asdict(), "case": c.case._asdict(), "load": c.load._asdict()} for c in all_costs
     ]
-    with written_whole(path) as f:
+    with atomic_write(path) as f:
         json.dump(entries, f, indent=1)
 
 

@@ -7,8 +7,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 from detectron2.config import CfgNode
 
 from d2kd.config import read_config
-from d2kd.distillation import declared_reads
-from d2kd.distillation.detectors import student_on_meta
+from d2kd.distillation import declared_reads, student_on_meta
 from d2kd.errors import UserError
 from d2kd.views import Family, Read, build_family
 

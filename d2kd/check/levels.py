@@ -12,7 +12,7 @@ from d2kd.views import Features
 
 logger = logging.getLogger(__name__)
 
-_MOST = 0.5  # of the objects
+_WARN_SHARE = 0.5  # of the objects
 # What else could be compared, by the method that does
 _INSTEAD = {
     "GDetKD": "compare regions (--method GDetKD)",
@@ -38,7 +38,7 @@ def warn_of_unused_levels(model: nn.Module, boxes: List[Boxes]) -> None:
     of_student = torch.tensor([level.stride for level in model.family.levels])
     elsewhere = ~torch.isin(strides, of_student)
     share = elsewhere.float().mean().item()
-    if share > _MOST:
+    if share > _WARN_SHARE:
         level = strides[elsewhere].mode().values.item()
         instead = [advice for name, advice in _INSTEAD.items() if name not in methods]
         logger.warning(

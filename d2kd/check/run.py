@@ -15,7 +15,7 @@ from d2kd.data.check import check_dataset_names, masks_needed
 from d2kd.data.findings import ERROR, WARNING, Finding, count
 from d2kd.data.images import check_images
 from d2kd.data.loader import images_per_process
-from d2kd.data.sets import look_into
+from d2kd.data.sets import inspect_dataset
 from d2kd.distillation import distilled_methods, save_random_teacher
 from d2kd.distillation.pair_report import WEIGHTS_FROM
 from d2kd.engine.preflight import refuse_no_evaluation, refuse_settings
@@ -195,7 +195,7 @@ def _data(cfg: CfgNode, images: bool, debug: bool) -> Iterator[Part]:
 def _data_set(cfg: CfgNode, split: str, name: str, images: bool) -> Part:
     evaluated = split == "TEST"
     with _Log() as log:
-        content = look_into(name, evaluated, masks_needed(cfg, evaluated))
+        content = inspect_dataset(name, evaluated, masks_needed(cfg, evaluated))
     bad = check_images(content.images, os.cpu_count() or 1, name) if images else []
     if not evaluated and count(bad, ERROR) <= cfg.RUN.SKIP_BAD_IMAGES:
         bad = [finding._replace(severity=WARNING) for finding in bad]

@@ -11,7 +11,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 from .files import Unreadable
 
 _UNKNOWN = object()
-_MOST_VALUES = 10_000  # of a variable; those of MMDetection's own configs have some hundreds
+_MAX_VALUES = 10_000  # of a variable; those of MMDetection's own configs have some hundreds
 
 
 def read_config(meta: Optional[Mapping]) -> Dict[str, Any]:
@@ -49,7 +49,7 @@ def _assignments(tree: ast.Module) -> Dict[str, Any]:
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             name, value = statement.targets[0].id, _literal(statement.value, names)
-            if value is not _UNKNOWN and _count(value, _MOST_VALUES) < _MOST_VALUES:
+            if value is not _UNKNOWN and _count(value, _MAX_VALUES) < _MAX_VALUES:
                 names[name] = _merged(names.get(name), value)
     return names
 

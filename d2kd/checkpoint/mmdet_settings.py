@@ -44,7 +44,7 @@ ANCHORS, ANCHORS_OF_1_X = "AnchorGenerator", "LegacyAnchorGenerator"
 NEAREST = "nearest"
 _GROUPS = 32  # of the heads that have GroupNorm, unless the config says otherwise
 
-_MOST_SCALES = 100  # per octave
+_MAX_SCALES = 100  # per octave
 
 Settings = Dict[str, Any]
 
@@ -179,7 +179,7 @@ def _anchors(config: Mapping) -> Settings:
     generator = rpn or node(_box_heads(config)[0], "anchor_generator")
     if _type(generator) not in (ANCHORS, ANCHORS_OF_1_X):
         return {}
-    count = min(generator.get("scales_per_octave") or 0, _MOST_SCALES)
+    count = min(generator.get("scales_per_octave") or 0, _MAX_SCALES)
     octave = [generator["octave_base_scale"] * 2 ** (i / count) for i in range(count)]
     scales = generator.get("scales") or octave
     sides = generator.get("base_sizes") or generator["strides"]

@@ -9,7 +9,7 @@ import pickletools
 from typing import BinaryIO, Dict, List, NamedTuple, Optional
 
 _DEEPEST = 200  # containers within containers; calls and their arguments count as such
-_MOST = 10_000_000  # values, those that occur twice counted twice
+_MAX_VALUES = 10_000_000  # values, those that occur twice counted twice
 _FILLS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 _READS_MEMO = ("GET", "BINGET", "LONG_BINGET")
 _WRITES_MEMO = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
@@ -95,6 +95,6 @@ def _filled(container: _Extent, parts: List[_Cell]) -> _Extent:
 def _checked(extent: _Extent) -> _Extent:
     if extent.depth > _DEEPEST:
         raise Endless(f"is nested more than {_DEEPEST} deep")
-    if extent.values > _MOST:
-        raise Endless(f"holds more than {_MOST:,} values")
+    if extent.values > _MAX_VALUES:
+        raise Endless(f"holds more than {_MAX_VALUES:,} values")
     return extent

@@ -11,8 +11,7 @@ from torch import nn
 from d2kd.errors import UserError
 from d2kd.lazy import lazy_config, to_program
 from d2kd.model_zoo import FINAL_WEIGHTS
-from d2kd.student_config import modules_needed, student_config
-from d2kd.writing import WholeFiles, written_whole
+from d2kd.writing import AtomicPathManager, atomic_write
 
 from .files import Unreadable, read_file
 from .finite import first_not_finite
@@ -24,6 +23,7 @@ from .resuming import (
     newest_checkpoint,
     outdated_checkpoints,
 )
+from .student_config import modules_needed, student_config
 from .weights import SafeCheckpointer
 
 STUDENT_YAML = "student.yaml"
@@ -65,7 +65,7 @@ class StudentCheckpointer(SafeCheckpointer):
         super().__init__(*args, **kwargs)
         self._class_names = list(class_names)
         self._keep = keep
-        self.path_manager = WholeFiles()
+        self.path_manager = AtomicPathManager()
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """As in fvcore, but a checkpoint that cannot be read gives way to the one before it."""
@@ -181,7 +181,7 @@ def write_student_yaml(cfg: CfgNode) -> None:
             f"{' and '.join(modules)},\n"
             "# and call d2kd.config.add_distill_config(cfg) before this file is read\n"
         )
-    with written_whole(os.path.join(cfg.OUTPUT_DIR, STUDENT_YAML)) as f:
+    with atomic_write(os.path.join(cfg.OUTPUT_DIR, STUDENT_YAML)) as f:
         f.write(header + student_config(cfg).dump())
 
 
@@ -201,5 +201,5 @@ def write_student_program(cfg: CfgNode) -> None:
     )
     here = f'os.path.join(os.path.dirname(os.path.abspath(__file__)), "{FINAL_WEIGHTS}")'
     end = f'train["init_checkpoint"] = {here}\n'
-    with written_whole(os.path.join(cfg.OUTPUT_DIR, STUDENT_PROGRAM)) as f:
+    with atomic_write(os.path.join(cfg.OUTPUT_DIR, STUDENT_PROGRAM)) as f:
         f.write(to_program(config, header, end))

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from d2kd.errors import UserError
+from d2kd.errors import UserError, first_of
 from d2kd.model_zoo import FINAL_WEIGHTS
 
 from .downloads import check_hash, is_address, offline_advice
@@ -111,8 +111,8 @@ def _load(model: nn.Module, path: str, key: str) -> SafeCheckpointer:
     if checkpointer.left_over:
         raise UserError(
             f"{key} is '{path}': the detector has no place for {len(checkpointer.left_over)} of "
-            f"MMDetection's parameters ({_listed(checkpointer.left_over)}); give the checkpoint of "
-            "the detector that the config describes"
+            f"MMDetection's parameters ({first_of(checkpointer.left_over, 3)}); give the "
+            "checkpoint of the detector that the config describes"
         )
     return checkpointer
 
@@ -199,7 +199,7 @@ def load_trained_weights(
         causes = [*_shapes(checkpointer), other_settings(checkpointer.meta, detector, input_format)]
         raise UserError(
             f"{key} is '{path}': it does not fill {len(checkpointer.unfilled)} of the detector's "
-            f"{len(detector.state_dict())} tensors ({_listed(checkpointer.unfilled)}); "
+            f"{len(detector.state_dict())} tensors ({first_of(checkpointer.unfilled, 3)}); "
             f"{''.join(f'{cause}; ' for cause in causes if cause)}give the checkpoint of the "
             f"detector that {config} describes, or correct {config}"
         )
@@ -240,15 +240,12 @@ def load_teacher_weights(
 
 
 def checksum(model: nn.Module) -> str:
-    """Eight hex digits that change when any parameter or buffer does. For models on the CPU."""
+    """Eight hex digits that change when any parameter or buffer does. Every tensor is copied to the
+    CPU."""
     crc = 0
     for tensor in model.state_dict().values():
         crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), crc)
     return f"{crc:08x}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _first_line(error: Exception) -> str:

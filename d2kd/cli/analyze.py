@@ -15,7 +15,7 @@ import json
 from d2kd.analysis import analyze
 from d2kd.engine.trained_run import open_run
 from d2kd.errors import UserError
-from d2kd.writing import refuse_existing, written_whole
+from d2kd.writing import atomic_write, refuse_existing
 
 from .arguments import add_device
 
@@ -40,5 +40,5 @@ def run(args: argparse.Namespace) -> None:
     analysis = analyze(open_run(args.run), plain, args.evaluate, args.repeats, args.device)
     print(analysis.table())
     if args.json:
-        with written_whole(args.json) as f:
+        with atomic_write(args.json) as f:
             json.dump(analysis.as_dict(), f, indent=1)

@@ -13,10 +13,10 @@ examples:
 
 import argparse
 
+from d2kd.check.balance import proposals_text, propose_weights
 from d2kd.config import read_config
 from d2kd.engine.preflight import refuse_unusable
 from d2kd.errors import UserError
-from d2kd.pairing.balance import proposals_text, propose_weights
 
 from .arguments import add_overrides
 

@@ -27,7 +27,7 @@ from d2kd.benchmark.costs import (
 )
 from d2kd.benchmark.measuring import STANDARD, Case, Costs, Load, measure
 from d2kd.errors import UserError
-from d2kd.writing import refuse_no_folder, written_whole
+from d2kd.writing import atomic_write, refuse_no_folder
 
 from .arguments import add_device, until_key
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
             if args.json:
                 write_costs(done, args.json)
     if args.markdown:
-        with written_whole(args.markdown) as f:
+        with atomic_write(args.markdown) as f:
             f.write(costs_markdown(done) + "\n")
 
 

@@ -47,7 +47,8 @@ COMMANDS = (
     Command("completion", "completion", "print the completion of this command for a shell"),
 )
 
-# So long torchrun's other processes live on, for the first one to say what is wrong
+# Seconds that other processes wait before they end, so that torchrun does not end the first one
+# before it has said what is wrong
 _SECONDS_TO_SPEAK = 10
 
 # Modules without which no sub-command starts, and what is to be done

@@ -17,6 +17,7 @@ import os
 import tempfile
 from typing import List
 
+from d2kd.check.estimate import in_words, seconds_of_training
 from d2kd.checkpoint import checkpoint_names, refuse_occupied
 from d2kd.config import read_config
 from d2kd.engine.folder_lock import hold_folder
@@ -26,7 +27,6 @@ from d2kd.engine.processes import place_by_torchrun
 from d2kd.engine.scaling import scale_to_processes
 from d2kd.errors import UserError
 from d2kd.pairing import Plan
-from d2kd.pairing.estimate import in_words, seconds_of_training
 from d2kd.pairing.finetune import is_trained, train_teacher
 from d2kd.pairing.recipe import RECIPE_YAML, write_recipe
 

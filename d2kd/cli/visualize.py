@@ -17,7 +17,7 @@ from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.visualization.maps import collect_maps
 from d2kd.visualization.pictures import draw
-from d2kd.writing import refuse_no_folder, written_whole
+from d2kd.writing import atomic_write, refuse_no_folder
 
 from .arguments import add_overrides
 
@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> None:
     refuse_no_folder(args.output, "--output")
     cfg = read_config(args.config, args.opts)
     found = collect_maps(cfg)
-    with written_whole(args.output, "wb") as f:
+    with atomic_write(args.output, "wb") as f:
         draw(cfg, found).savefig(f, format=ending[1:])
     print(f"{args.output}: {found}")

@@ -5,11 +5,11 @@ import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from d2kd.config import read_config
-from d2kd.distillation.detectors import million_parameters, student_on_meta
+from d2kd.distillation import million_parameters, student_on_meta
 from d2kd.engine.versions import recorded_versions
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import config_name
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 from .rows import Row
 from .runs import Run
@@ -92,7 +92,7 @@ def by_label(cells: Sequence[Cell]) -> Dict[str, List[Cell]]:
 def write_cells(cells: Sequence[Cell], path: str) -> None:
     """As JSON; the folder is made if need be."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with written_whole(path) as f:
+    with atomic_write(path) as f:
         json.dump([cell._asdict() for cell in cells], f, indent=1)
         f.write("\n")
 

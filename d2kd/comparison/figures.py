@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from d2kd.labels import as_label
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 from .cells import Cell
 
@@ -33,7 +33,7 @@ def draw_rows(rows: Dict[str, List[Cell]], baseline: str, path: str) -> None:
     axes.set(xlabel="AP, a dot per seed", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
-    with written_whole(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         figure.savefig(f, dpi=110, format="png")
 
 

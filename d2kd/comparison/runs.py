@@ -17,15 +17,14 @@ from tqdm import tqdm
 
 from d2kd.command import train_command, typed_command
 from d2kd.config import read_config
-from d2kd.distillation import distilled_methods, refuse_missing_weights
-from d2kd.distillation.detectors import teacher_on_meta
+from d2kd.distillation import distilled_methods, refuse_missing_weights, teacher_on_meta
 from d2kd.engine.metrics import newest_line, read_metrics
 from d2kd.engine.results import METRICS
-from d2kd.engine.run_config import changed_settings, the_first
-from d2kd.errors import UserError, reason
+from d2kd.engine.run_config import MAX_NAMED, changed_settings
+from d2kd.errors import UserError, first_of, reason
 from d2kd.lazy import python_overrides
 from d2kd.model_zoo import FINAL_WEIGHTS, config_name
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 from .rows import Row, folder_of
 
@@ -205,8 +204,8 @@ class _Training:
         changed = changed_settings(cfg, evaluation=True)
         if changed:
             raise UserError(
-                f"{self.folder} holds a run with another config: {the_first(changed)}; remove it, "
-                "or give another --output"
+                f"{self.folder} holds a run with another config: {first_of(changed, MAX_NAMED)}; "
+                "remove it, or give another --output"
             )
         self._before = self._done = min(steps_done(self.folder), self._max_iter)
 
@@ -281,7 +280,7 @@ class _Training:
         # Detectron2 has no number for a detector that finds nothing
         values = {m: last[f"bbox/{m}"] for m in METRICS}
         results = {m: 0.0 if math.isnan(value) else value for m, value in values.items()}
-        with written_whole(os.path.join(self.folder, SUMMARY)) as f:
+        with atomic_write(os.path.join(self.folder, SUMMARY)) as f:
             json.dump({"seconds": seconds, "results": results}, f)
         return results
 

@@ -8,7 +8,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from d2kd.engine.results import METRICS
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 from .cells import Cell, by_label, cell_of, write_cells
 from .figures import draw_rows
@@ -55,7 +55,7 @@ def _write(cells: Sequence[Cell], labels: Sequence[str], output: str) -> str:
     rows = {label: found[label] for label in labels if label in found}
     write_cells(cells, os.path.join(output, CELLS))
     text = table(rows, baseline=labels[0])
-    with written_whole(os.path.join(output, TABLE)) as f:
+    with atomic_write(os.path.join(output, TABLE)) as f:
         f.write(text + "\n")
     draw_rows(rows, labels[0], os.path.join(output, FIGURE))
     return text

@@ -11,17 +11,18 @@ import numpy as np
 
 from .findings import ERROR, WARNING, Finding, on_annotation
 from .masks import finding_on_mask, findings_on_run_lengths
-from .values import MOST, NUMBERS, is_box, is_four_numbers, is_id, is_whole
+from .values import MAX_COORDINATE, NUMBERS, is_box, is_four_numbers, is_id, is_whole
 
 _IDS = ("id", "image_id", "category_id")
 # Pixels by which a box may leave its image: boxes are rounded
 _SLACK = 1.0
 # Pixels; Detectron2 drops boxes whose width or height is not above it
 EMPTY_SIDE = 1e-5
-# Of a file's boxes that look relative, or like corners, for the whole file to be so
-_ALL = 0.99
-# Of a file's boxes that leave their image far, if they are corners: about half are expected to
-_SOME, _FAR = 0.1, 1.1
+# If this share of a file's boxes look relative, or like corners, the file is told, not each box
+_WHOLE_FILE = 0.99
+# Corners taken for x, y, width, height: about half of the boxes end this many times their image's
+# size away. Fewer than this share, and they are no corners
+_FAR, _LEAVING = 1.1, 0.1
 
 
 class _Boxes(NamedTuple):
@@ -112,7 +113,7 @@ def _images(images: Sequence[Any], path: str, integers: bool) -> Iterator[Findin
         if not isinstance(name, str) or not name:
             text = f"its 'file_name' is {name!r}, expected a path below the folder of the images"
             yield Finding("image without a file name", ERROR, path, text, image["id"])
-        if not all(is_whole(side) and 0 < side < MOST for side in sides):
+        if not all(is_whole(side) and 0 < side < MAX_COORDINATE for side in sides):
             text = f"'width' and 'height' are {sides}, expected pixels"
             yield Finding("image without a size", ERROR, path, text, image["id"])
         elif integers and float in map(type, sides):
@@ -208,7 +209,7 @@ def _needed(
 def _numbers(a: Mapping[str, Any], path: str) -> Iterator[Finding]:
     """What is wrong with the numbers beside an object's box."""
     area = a.get("area", 0)
-    if type(area) not in NUMBERS or not -MOST < area < MOST:
+    if type(area) not in NUMBERS or not -MAX_COORDINATE < area < MAX_COORDINATE:
         text = f"its 'area' is {a['area']!r:.40}, expected square pixels"
         yield on_annotation("area that is no number", ERROR, path, text, a)
     if a.get("iscrowd", 0) not in (0, 1):
@@ -253,7 +254,7 @@ def _placement(boxes: _Boxes, path: str) -> Iterator[Finding]:
     if _mostly(relative):
         yield _whole("boxes relative to the image", path, boxes, relative, "multiply by its size")
         return
-    if _mostly(as_corners & ~relative) and far.mean() >= _SOME:
+    if _mostly(as_corners & ~relative) and far.mean() >= _LEAVING:
         remedy = "subtract x1 and y1 from the last two numbers"
         yield _whole("boxes that are corners x1, y1, x2, y2", path, boxes, far, remedy)
         return
@@ -272,7 +273,7 @@ def _placement(boxes: _Boxes, path: str) -> Iterator[Finding]:
 
 
 def _mostly(which: np.ndarray) -> bool:
-    return bool(which.mean() >= _ALL)
+    return bool(which.mean() >= _WHOLE_FILE)
 
 
 def _described(boxes: _Boxes, i: int) -> str:

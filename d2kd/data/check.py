@@ -1,4 +1,4 @@
-"""Loads the training set once, and turns the usual troubles with data into one-line errors."""
+"""Checks the data sets of a config before a run, and raises one-line errors."""
 
 import logging
 from typing import Callable, Iterable, List, Optional, Sequence
@@ -11,11 +11,11 @@ from d2kd.errors import UserError, nearest
 from .classes import class_names_of
 from .images import refuse_outside
 from .sets import (
+    check_image_sample,
     findings_in_dicts,
     findings_in_file,
     has_annotation_file,
     load_errors_explained,
-    quick_look,
     refuse_errors,
 )
 
@@ -108,7 +108,7 @@ def _check_quickly(
         # Several sets may have the same numbers for their images
         numbered = dicts if len(names) == 1 else [{**d, "image_id": i} for i, d in enumerate(dicts)]
         refuse_errors(findings_in_dicts(numbered, names[0], evaluated, masks), key)
-    bad = quick_look(dicts)
+    bad = check_image_sample(dicts)
     if len(bad) > skipped:
         refuse_errors(bad, key)
 

@@ -193,7 +193,7 @@ def _load(name: str, files: Mapping[str, str], classes: List[str]) -> List[Dict[
 
 
 def _digest_now(name: str, files: Mapping[str, str]) -> str:
-    if "json" in files:  # as it is, since it may be large
+    if "json" in files:  # not parsed, since it may be large
         with open(files["json"], "rb") as f:
             return hashlib.sha256(f.read()).hexdigest()
     return _FORMATS[frozenset(files)].describe(name, **files)["name"].rpartition("_")[2]

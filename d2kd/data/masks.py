@@ -6,7 +6,7 @@ from typing import Any, Iterator, List, Mapping, Optional, Sequence
 import numpy as np
 
 from .findings import ERROR, WARNING, Finding, on_annotation
-from .values import MOST, is_whole
+from .values import MAX_COORDINATE, is_whole
 
 
 def finding_on_mask(
@@ -49,7 +49,7 @@ def _are_polygons(mask: Sequence[Any]) -> bool:
     return all(
         isinstance(polygon, (list, tuple, np.ndarray))
         and all(issubclass(kind, numbers.Real) for kind in set(map(type, polygon)))
-        and all(-MOST < value < MOST for value in polygon)
+        and all(-MAX_COORDINATE < value < MAX_COORDINATE for value in polygon)
         for polygon in mask
     )
 

@@ -133,7 +133,7 @@ class DatasetContent(NamedTuple):
         return f"{len(self.images)} images, {boxes}, {self.classes} classes"
 
 
-def look_into(name: str, evaluated: bool, masks: str) -> DatasetContent:
+def inspect_dataset(name: str, evaluated: bool, masks: str) -> DatasetContent:
     """
     Args:
         name: of a registered data set.
@@ -178,7 +178,7 @@ def _images_of_file(name: str) -> List[Dict[str, Any]]:
     ]
 
 
-def quick_look(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
+def check_image_sample(dicts: Sequence[Mapping[str, Any]]) -> List[Finding]:
     """Images that are not there, and what is wrong with some of those that are.
 
     Args:

@@ -3,7 +3,7 @@
 from typing import Any
 
 NUMBERS = frozenset((int, float))  # True and False are none
-MOST = 1e12  # more is no coordinate; NaN and infinity are not below it either
+MAX_COORDINATE = 1e12  # more is no coordinate; NaN and infinity are not below it either
 _LARGEST_ID = 2**63
 
 
@@ -21,7 +21,7 @@ def is_box(box: Any) -> bool:
     """Whether it is four finite numbers."""
     if not is_four_numbers(box):
         return False
-    return all(-MOST < value < MOST for value in box)
+    return all(-MAX_COORDINATE < value < MAX_COORDINATE for value in box)
 
 
 def is_four_numbers(box: Any) -> bool:

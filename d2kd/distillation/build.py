@@ -163,7 +163,7 @@ def _check_declared(method: type, node: CfgNode, declared: Mapping[str, Reads]) 
         )
 
 
-def weights_on_classes(reads: Mapping[Tuple[str, str], Reads]) -> List[str]:
+def keys_on_classes(reads: Mapping[Tuple[str, str], Reads]) -> List[str]:
     """The config keys of the losses that make sense only if the teacher has the student's classes.
 
     Args:
@@ -275,7 +275,7 @@ def _fill_teacher(
         source.weights,
         source.input_format,
         class_names_of(cfg.DATASETS.TRAIN),
-        weights_on_classes(reads),
+        keys_on_classes(reads),
     )
     teacher = Teacher(
         source.detector,

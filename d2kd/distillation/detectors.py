@@ -24,7 +24,7 @@ _SMALL = 0.1  # what residual blocks of a random teacher add, relative to their 
 class TeacherSource(NamedTuple):
     """A teacher before its weights are read."""
 
-    detector: nn.Module  # as initialised, on the CPU
+    detector: nn.Module  # as initialised, on the CPU, or without numbers on the meta device
     input_format: str  # channel order of its images
     weights: str  # where they are
 

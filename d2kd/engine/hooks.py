@@ -1,4 +1,4 @@
-"""Hooks of the distillation trainer."""
+"""Hooks of the trainer; those that average, stop and keep its state have modules of their own."""
 
 import logging
 import math
@@ -15,8 +15,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from d2kd.checkpoint import BEST_WEIGHTS, Best, StudentCheckpointer, read_best
-from d2kd.distillation import TeacherStudent
-from d2kd.distillation.teacher_student import LOG_PERIOD
+from d2kd.distillation import LOG_PERIOD, TeacherStudent
 from d2kd.distillation.timing import mean_seconds
 from d2kd.errors import UserError, nearest
 from d2kd.layers.random import preserve_rng_state

@@ -48,7 +48,7 @@ from .processes import (
 )
 from .run_config import refuse_changed, refuse_short, write_run_config
 from .scaling import scale_to_processes
-from .stopping import passed_on
+from .stopping import forwarded_signals
 from .summary import closing, opening
 from .trainer import DistillTrainer
 from .versions import record_versions
@@ -223,7 +223,7 @@ def start(
     if processes_of(args) == 1:
         _run_reporting(args, cfg)
         return
-    with passed_on() as received:
+    with forwarded_signals() as received:
         try:
             start_processes(_run_among, args, cfg)
         except (ProcessExitedException, ProcessRaisedException) as error:

@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2kd.data.bad_images import NamingLoader, NamingMapper
 from d2kd.data.check import load_training_dicts
 from d2kd.data.loader import ResumableLoader
-from d2kd.distillation import TeacherStudent
-from d2kd.distillation.teacher_student import LOG_PERIOD
+from d2kd.distillation import LOG_PERIOD, TeacherStudent
 from d2kd.errors import UserError, building
 from d2kd.lazy import lazy_config, target_of
 

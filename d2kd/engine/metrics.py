@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
-from d2kd.distillation.teacher_student import LOG_PERIOD
+from d2kd.distillation import LOG_PERIOD
 
 from .progress import WINDOW, ProgressPrinter
 

@@ -8,7 +8,7 @@ METRICS = ("AP", "AP50", "AP75")  # of an evaluation, those that are compared an
 PER_CLASS = "AP-"  # what Detectron2 calls the AP of a class, followed by its name
 _CLASSES_PER_ROW = 4
 # As many as are shown; a table of 1203 classes is for the file
-_MOST_CLASSES = 100
+_MAX_CLASSES = 100
 
 
 def evaluated(names: Sequence[str], results: Mapping) -> str:
@@ -34,7 +34,7 @@ def _task(name: str, task: str, values: Mapping[str, float]) -> str:
     total = {k: v for k, v in values.items() if not k.startswith(PER_CLASS)}
     classes = {k[len(PER_CLASS) :]: v for k, v in values.items() if k.startswith(PER_CLASS)}
     line = f"{task} on {name}: " + "  ".join(f"{k} {v:.2f}" for k, v in total.items())
-    if not 0 < len(classes) <= _MOST_CLASSES:
+    if not 0 < len(classes) <= _MAX_CLASSES:
         return line
     return f"{line}\n{_class_table(classes)}"
 

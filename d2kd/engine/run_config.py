@@ -3,19 +3,19 @@
 import logging
 import os
 import re
-from typing import Any, Container, Dict, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Container, Dict, List, Mapping, Set, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from d2kd.checkpoint import SavedRun
 from d2kd.config import DISTILL_KEYS, default_config
-from d2kd.errors import UserError
+from d2kd.errors import UserError, first_of
 from d2kd.lazy import comparable, is_lazy, is_python, lazy_config, load_program, to_program
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import read_yaml
 from d2kd.schema import leaves, plain_values
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _FREE_IF_TRAINED = ("DATASETS.TEST", "TEST", "dataloader.evaluator", "dataloader
 _NOT_FREE = ("TEST.PRECISE_BN",)  # changes the statistics of the student
 # Thresholds of the student's inference, as Detectron2 names them: MODEL.X_TEST, model.test_x
 _FREE_NAME = re.compile(r"(?!DISTILL).*_TEST|model\.(.*\.)?test_\w+")
-_MOST_NAMED = 6
+MAX_NAMED = 6  # settings in a message
 _MISSING = object()
 
 
@@ -72,7 +72,7 @@ def write_run_config(cfg: CfgNode) -> None:
     """Writes ``config.yaml`` or ``config.py`` into the run's folder, on the main process."""
     if comm.is_main_process():
         name, text = config_file(cfg)
-        with written_whole(os.path.join(cfg.OUTPUT_DIR, name)) as f:
+        with atomic_write(os.path.join(cfg.OUTPUT_DIR, name)) as f:
             f.write(text)
 
 
@@ -120,7 +120,7 @@ def refuse_changed(cfg: CfgNode, saved: SavedRun, processes: int) -> None:
     if changed:
         raise UserError(
             f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' holds a run with other settings: "
-            f"{the_first(changed)}; give those of the run, or another "
+            f"{first_of(changed, MAX_NAMED)}; give those of the run, or another "
             "OUTPUT_DIR, or --force-resume to go on with the new ones"
         )
 
@@ -134,12 +134,6 @@ def changed_settings(cfg: CfgNode, evaluation: bool = False) -> List[str]:
         return [f"its config is {path}"]
     read = _read_program if is_python(path) else read_yaml
     return differences(read(path), cfg, evaluation)
-
-
-def the_first(changed: Sequence[str]) -> str:
-    """Of many changes, as many as a message has room for."""
-    more = f", and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
-    return ", ".join(changed[:_MOST_NAMED]) + more
 
 
 def differences(saved: Mapping[str, Any], cfg: CfgNode, evaluation: bool = False) -> List[str]:

@@ -160,7 +160,7 @@ def _launcher(program: str) -> List[str]:
 
 
 @contextlib.contextmanager
-def passed_on() -> Iterator[List[int]]:
+def forwarded_signals() -> Iterator[List[int]]:
     """Passes signals on to the processes that this one has started, and ends them at the second.
 
     Yields:

@@ -9,11 +9,11 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from d2kd.checkpoint import BEST_WEIGHTS, EMA_WEIGHTS, STUDENT_PROGRAM, STUDENT_YAML
+from d2kd.checkpoint.student_config import modules_needed
 from d2kd.command import typed_command
-from d2kd.distillation.detectors import million_parameters
+from d2kd.distillation import million_parameters
 from d2kd.lazy import is_lazy
 from d2kd.model_zoo import FINAL_WEIGHTS
-from d2kd.student_config import modules_needed
 from d2kd.views import any_family
 
 from .averaging import EMA

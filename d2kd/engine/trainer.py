@@ -34,8 +34,7 @@ from d2kd.checkpoint import (
 from d2kd.data.bad_images import NamingLoader, NamingMapper
 from d2kd.data.classes import class_names_of
 from d2kd.data.loader import ResumableLoader
-from d2kd.distillation import TeacherStudent, build_model
-from d2kd.distillation.teacher_student import LOG_PERIOD
+from d2kd.distillation import LOG_PERIOD, TeacherStudent, build_model
 from d2kd.errors import UserError, reason
 from d2kd.layers.random import preserve_rng_state
 from d2kd.lazy import is_lazy

@@ -15,7 +15,7 @@ import torchvision
 from detectron2.utils import comm
 
 import d2kd
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 VERSIONS = "versions.json"
 _GIT_SECONDS = 10
@@ -26,7 +26,7 @@ def record_versions(folder: str) -> None:
     process."""
     if comm.is_main_process():
         starts = [*recorded_versions(folder), _now()]
-        with written_whole(os.path.join(folder, VERSIONS)) as f:
+        with atomic_write(os.path.join(folder, VERSIONS)) as f:
             json.dump(starts, f, indent=2)
 
 

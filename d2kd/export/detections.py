@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 MASKS = "masks"
 # In the order in which a program returns them
-OUTPUTS = ("boxes", "classes", "scores")
-OUTPUTS_WITH_MASKS = ("boxes", "classes", MASKS, "scores")
+OUTPUTS = ("boxes", "classes", MASKS, "scores")
 
 
 class Detections(NamedTuple):
@@ -26,14 +25,10 @@ class Detections(NamedTuple):
     masks: Optional[np.ndarray] = None  # (N, 28, 28), probabilities within the box
 
 
-def has_masks(detector: nn.Module) -> bool:
-    """Whether a detector predicts masks."""
-    return bool(getattr(getattr(detector, "roi_heads", None), "mask_on", False))
-
-
 def output_names(detector: nn.Module) -> List[str]:
     """The names of a program's outputs, in order."""
-    return list(OUTPUTS_WITH_MASKS if has_masks(detector) else OUTPUTS)
+    masks = getattr(getattr(detector, "roi_heads", None), "mask_on", False)
+    return [name for name in OUTPUTS if masks or name != MASKS]
 
 
 def traceable(detector: nn.Module, image: Tensor) -> TracingAdapter:

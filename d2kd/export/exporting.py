@@ -15,7 +15,7 @@ from d2kd.checkpoint.formats import CLASSES
 from d2kd.engine.trained_run import TrainedRun
 from d2kd.errors import UserError, reason
 from d2kd.prediction import Predictor, images_at_hand
-from d2kd.writing import refuse_existing, written_whole
+from d2kd.writing import atomic_write, refuse_existing
 
 from . import contract, numpy_decoder, onnx_file, torchscript_file
 from .detections import Detections, detect, output_names, traceable
@@ -23,7 +23,7 @@ from .half import halve
 from .numpy_decoder import decode, pad
 from .parity import FULL, HALF, Parity, check_parity
 from .raw_heads import RawHeads, decoder_settings
-from .trial_images import MOST_PHOTOGRAPHS, Size, trial_images
+from .trial_images import MAX_PHOTOGRAPHS, Size, trial_images
 
 # By name: the ending of its file
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts", "weights": ".pth"}
@@ -101,7 +101,7 @@ def export_student(
         return _written({path: content}, None, time.perf_counter() - start)
 
     _refuse_unknown_heads(student, options.format)
-    photographs = images or images_at_hand(_with_data(run), MOST_PHOTOGRAPHS)
+    photographs = images or images_at_hand(_with_data(run), MAX_PHOTOGRAPHS)
     trials = trial_images(Predictor(student, cfg), photographs, options.fixed_size)
     expected = [detect(student, image) for image in trials]
     if options.half:
@@ -247,6 +247,6 @@ def _tried(runs: _RUNS, image: Tensor) -> Detections:
 
 def _written(files: Dict[str, bytes], parity: Optional[Parity], seconds: float) -> Exported:
     for path, content in files.items():
-        with written_whole(path, "wb") as f:
+        with atomic_write(path, "wb") as f:
             f.write(content)
     return Exported(list(files), parity, seconds)

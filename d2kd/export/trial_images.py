@@ -9,7 +9,7 @@ from torch import Tensor
 from d2kd.prediction import Predictor, as_input
 
 # Photographs that are looked at, at most
-MOST_PHOTOGRAPHS = 4
+MAX_PHOTOGRAPHS = 4
 # Of a small image: fewer places on every FPN level than a level may have candidates
 _SMALL = 64
 
@@ -38,7 +38,7 @@ def trial_images(
     Raises:
         UserError: if one of the files is no image.
     """
-    photographs = [predictor.read(path) for path in paths[:MOST_PHOTOGRAPHS]]
+    photographs = [predictor.read(path) for path in paths[:MAX_PHOTOGRAPHS]]
     if fixed_size:
         plain = np.full_like(photographs[0], 128)
         return [as_input(_resized(x, fixed_size)) for x in [*photographs, plain]]

@@ -2,6 +2,6 @@
 
 # Importing registers them in Detectron2's registries.
 from . import backbone, meta_arch
-from .config import add_dense_detector_config
+from .config import add_modeling_config
 
-__all__ = ["add_dense_detector_config", "backbone", "meta_arch"]
+__all__ = ["add_modeling_config", "backbone", "meta_arch"]

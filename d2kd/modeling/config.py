@@ -155,7 +155,7 @@ MODEL_KEYS: Keys = {
 }
 
 
-def add_dense_detector_config(cfg: CfgNode) -> None:
+def add_modeling_config(cfg: CfgNode) -> None:
     """Adds ``MODEL.FCOS``, ``.ATSS``, ``.GFL``, ``.TIMM``, ``.BASIC_RESNET`` and
     ``.FPN.RELU_BEFORE_P7``."""
     cfg.MODEL.FPN.update(config_node(FPN_KEYS))

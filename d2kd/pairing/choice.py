@@ -5,7 +5,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 from detectron2.config import CfgNode
 
 from d2kd.config import check_config
-from d2kd.distillation import declared_reads, weights_on_classes
+from d2kd.distillation import declared_reads, keys_on_classes
 from d2kd.errors import UserError, nearest
 from d2kd.methods import DISTILLER_REGISTRY
 
@@ -114,7 +114,7 @@ def problem_of(cfg: CfgNode, methods: Sequence[str], pair: Pair) -> Optional[str
         reads = declared_reads(cfg, pair.student_family, pair.teacher_family)
     except UserError as error:
         return str(error)
-    keys = weights_on_classes(reads)
+    keys = keys_on_classes(reads)
     if keys and not pair.same_classes:
         return (
             f"the student has {pair.student_classes}, the teacher {pair.teacher_classes}: they "

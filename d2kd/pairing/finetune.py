@@ -12,7 +12,7 @@ from d2kd.checkpoint import newest_checkpoint
 from d2kd.command import train_command
 from d2kd.config import class_heads, read_config
 from d2kd.data.described import num_classes_described
-from d2kd.distillation.detectors import teacher_on_meta
+from d2kd.distillation import teacher_on_meta
 from d2kd.errors import UserError
 from d2kd.lazy import is_python
 from d2kd.model_zoo import FINAL_WEIGHTS

@@ -9,14 +9,14 @@ from detectron2.config import CfgNode
 from d2kd.checkpoint import class_names_in
 from d2kd.config import read_config
 from d2kd.data.classes import class_names_of, plain_name
-from d2kd.distillation.detectors import student_on_meta, teacher_on_meta
+from d2kd.distillation import student_on_meta, teacher_on_meta
 from d2kd.engine.trained_run import detectron2_run, open_run
-from d2kd.errors import UserError
+from d2kd.errors import UserError, first_of
 from d2kd.lazy import is_python
 from d2kd.model_zoo import config_name, find_config, resolve_config
 from d2kd.views import Family, build_family
 
-_MOST_NAMED = 3  # classes in a message
+_MAX_NAMED = 3  # classes in a message
 
 
 class Classes(NamedTuple):
@@ -35,10 +35,9 @@ class Classes(NamedTuple):
         return [plain_name(name) for name in self.names]
 
     def __str__(self) -> str:
-        named = ", ".join(self.names[:_MOST_NAMED])
-        more = ", ..." if len(self.names) > _MOST_NAMED else ""
         count = "unknown" if self.count is None else self.count
-        return f"{count} classes" + (f" ({named}{more})" if named else "")
+        named = f" ({first_of(self.names, _MAX_NAMED)})" if self.names else ""
+        return f"{count} classes{named}"
 
 
 class Pair(NamedTuple):

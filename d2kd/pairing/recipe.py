@@ -14,7 +14,7 @@ from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.safe_yaml import plain_yaml, read_value
 from d2kd.schema import get_value, plain_values, set_value
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 from .pair import Pair
 
@@ -128,7 +128,7 @@ def write_recipe(
         _refuse_other(path, content)
         return path
     os.makedirs(folder, exist_ok=True)
-    with written_whole(path) as f:
+    with atomic_write(path) as f:
         f.writelines(f"# {line}\n" for line in comments)
         f.write(yaml.safe_dump(dict(content), sort_keys=False, width=100))
     return path

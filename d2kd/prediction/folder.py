@@ -15,7 +15,7 @@ from detectron2.utils.visualizer import Visualizer
 
 from d2kd.errors import UserError
 from d2kd.labels import as_label
-from d2kd.writing import cannot_write, written_whole
+from d2kd.writing import atomic_write, cannot_write
 
 from .predictor import Predictor
 
@@ -78,7 +78,7 @@ def predict_into(
         "images": images,
         "skipped": skipped,
     }
-    with written_whole(os.path.join(folder, PREDICTIONS)) as f:
+    with atomic_write(os.path.join(folder, PREDICTIONS)) as f:
         json.dump(content, f, indent=1)
     return Summary(len(images), sum(len(x["detections"]) for x in images), skipped)
 
@@ -140,5 +140,5 @@ def _draw(image: np.ndarray, found: Instances, classes: Sequence[str]) -> np.nda
 
 def _write_picture(path: str, image: np.ndarray) -> None:
     _, content = cv2.imencode(".jpg", image[:, :, ::-1])
-    with written_whole(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         f.write(content.tobytes())

@@ -15,7 +15,7 @@ from .facts import RunFacts
 _COLUMNS = 3
 _SIZE = (4.2, 2.9)  # of a small one, in inches
 _BASELINE = {"color": "0.45", "linestyle": "--"}
-_MOST_BARS = 40  # classes; of more only the table is shown
+_MAX_BARS = 40  # classes; of more only the table is shown
 
 
 def svg(figure: Figure) -> str:
@@ -72,7 +72,7 @@ def class_bars(runs: Sequence[RunFacts], task: str) -> str:
     """The AP of every class, runs side by side; "" for too many classes, or none."""
     tables: List[Dict[str, float]] = [facts.class_ap(task) for facts in runs]
     classes = list(dict.fromkeys(name for table in tables for name in table))
-    if not 0 < len(classes) <= _MOST_BARS:
+    if not 0 < len(classes) <= _MAX_BARS:
         return ""
     figure = Figure(figsize=(max(5.0, 0.25 * len(classes) * (len(runs) + 1)), 3.2))
     axes = figure.subplots()

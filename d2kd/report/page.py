@@ -6,15 +6,14 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 import jinja2
 
 import d2kd
-from d2kd.distillation import TeacherStudent, fill_from_run
-from d2kd.distillation.detectors import million_parameters, student_on_meta
+from d2kd.distillation import TeacherStudent, fill_from_run, million_parameters, student_on_meta
 from d2kd.distillation.pair_report import LOSS_HEADERS, PAIR_HEADERS, loss_rows, pair_rows
 from d2kd.engine.results import METRICS
 from d2kd.engine.trained_run import TrainedRun
 from d2kd.errors import UserError
 from d2kd.prediction import Predictor
 from d2kd.views import any_family
-from d2kd.writing import refuse_no_folder, written_whole
+from d2kd.writing import atomic_write, refuse_no_folder
 
 from .facts import RunFacts, facts_of
 from .figures import ap_curves, class_bars, loss_curves
@@ -68,7 +67,7 @@ def write_report(runs: Sequence[TrainedRun], baseline: Optional[TrainedRun], pat
     page = _template().render(
         generator=GENERATOR, version=d2kd.__version__, facts=facts, **_content(facts)
     )
-    with written_whole(path) as f:
+    with atomic_write(path) as f:
         f.write(page)
 
 

@@ -6,11 +6,11 @@ import os
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from d2kd.checkpoint.student_config import student_config
 from d2kd.config import read_config
 from d2kd.data.check import check_evaluation
 from d2kd.data.described import register_described
 from d2kd.errors import UserError
-from d2kd.student_config import student_config
 
 FCOS = "shapes/baselines/fcos_tiny.yaml"
 # Ids with gaps, and not in the file's order

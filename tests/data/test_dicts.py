@@ -13,7 +13,7 @@ from pycocotools import mask as mask_util
 from d2kd.check.evaluations import ap_of_annotations
 from d2kd.config import default_config
 from d2kd.data.check import check_evaluation, load_training_dicts
-from d2kd.data.sets import look_into
+from d2kd.data.sets import inspect_dataset
 from d2kd.errors import UserError
 
 NAME = "numpy_dicts"
@@ -50,7 +50,7 @@ def config(tmp_path, monkeypatch):
 
 
 def findings(masks=False, evaluated=False):
-    return [f.kind for f in look_into(NAME, evaluated, "bitmask" if masks else "").findings]
+    return [f.kind for f in inspect_dataset(NAME, evaluated, "bitmask" if masks else "").findings]
 
 
 @pytest.mark.parametrize(

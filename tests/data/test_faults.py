@@ -16,7 +16,7 @@ from d2kd.data.annotations import check_annotations
 from d2kd.data.check import check_annotation_files, check_evaluation, load_training_dicts
 from d2kd.data.findings import ERROR, WARNING, summary
 from d2kd.data.images import check_images
-from d2kd.data.sets import look_into
+from d2kd.data.sets import inspect_dataset
 from d2kd.errors import UserError
 
 # Only evaluation needs these
@@ -57,7 +57,7 @@ def start(cfg):
 
 
 def found(name, evaluated):
-    content = look_into(name, evaluated, masks="")
+    content = inspect_dataset(name, evaluated, masks="")
     return [*content.findings, *check_images(content.images)]
 
 
@@ -109,7 +109,7 @@ def test_a_good_set_has_no_findings(sets, caplog):
         start(cfg)
     assert not caplog.records
     assert found("faults_TRAIN", False) == found("faults_TEST", True) == []
-    content = look_into("faults_TEST", True, masks="")
+    content = inspect_dataset("faults_TEST", True, masks="")
     assert str(content) == f"{NUMBER} images, {2 * NUMBER} boxes, 2 classes"
 
 
@@ -255,7 +255,7 @@ def test_a_set_without_a_file_is_looked_into_as_well():
     DatasetCatalog.register("faults_dicts", lambda: [d])
     MetadataCatalog.get("faults_dicts").set(thing_classes=["cat"])
     try:
-        findings = look_into("faults_dicts", False, masks="").findings
+        findings = inspect_dataset("faults_dicts", False, masks="").findings
     finally:
         DatasetCatalog.remove("faults_dicts")
         MetadataCatalog.remove("faults_dicts")

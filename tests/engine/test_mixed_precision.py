@@ -8,7 +8,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.utils.events import EventStorage
 from runs import run_config, train
 
-from d2kd.distillation.teacher_student import LOG_PERIOD
+from d2kd.distillation import LOG_PERIOD
 from d2kd.engine import DistillTrainer
 from d2kd.engine.hooks import GradScaleHook
 from d2kd.errors import UserError

@@ -15,7 +15,7 @@ from d2kd.engine import DistillTrainer, launch
 from d2kd.engine.metrics import read_metrics
 from d2kd.engine.run_config import differences, refuse_changed, write_run_config
 from d2kd.errors import UserError
-from d2kd.writing import written_whole
+from d2kd.writing import atomic_write
 
 
 @pytest.fixture(scope="module")
@@ -263,12 +263,12 @@ def test_described_files_may_move(cfg):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(ZeroDivisionError), written_whole(str(path)) as f:
+    with pytest.raises(ZeroDivisionError), atomic_write(str(path)) as f:
         f.write("half of what")
         raise ZeroDivisionError
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
     full = pytest.raises(UserError, match="cannot be written: No space left")
-    with full as error, written_whole(str(path)):
+    with full as error, atomic_write(str(path)):
         raise OSError(28, "No space left on device")
     assert "--resume" in str(error.value) and os.listdir(tmp_path) == ["file"]
 
@@ -277,7 +277,7 @@ def test_a_file_is_not_written_through_a_link(tmp_path):
     victim, path = tmp_path / "victim", tmp_path / "file"
     victim.write_text("mine")
     os.symlink(victim, f"{path}.unfinished")
-    with written_whole(str(path)) as f:
+    with atomic_write(str(path)) as f:
         f.write("new")
     assert victim.read_text() == "mine" and path.read_text() == "new" and not path.is_symlink()
 

@@ -8,7 +8,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from toys import STUDENTS, batch, config, detector, step
 
 from d2kd.errors import UserError
-from d2kd.modeling import add_dense_detector_config
+from d2kd.modeling import add_modeling_config
 from d2kd.modeling.backbone import check_p7, use_p7_without_relu
 from d2kd.modeling.backbone.fpn import WITHOUT_RELU
 
@@ -74,7 +74,7 @@ def test_configs_without_the_key_have_the_relu():
 
 def test_a_backbone_that_ignores_the_key_is_refused():
     cfg = get_cfg()
-    add_dense_detector_config(cfg)
+    add_modeling_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     backbone = build_backbone(cfg)

@@ -7,10 +7,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from toys import STUDENTS, batch, config, detector, distill_config, step
 
+from d2kd.checkpoint.student_config import student_config
 from d2kd.distillation import build_model
 from d2kd.errors import UserError
 from d2kd.modeling.backbone.timm import TimmBackbone
-from d2kd.student_config import student_config
 
 MOBILENET = ["MODEL.TIMM.NAME", "mobilenetv2_050"]
 DENSE = ["MODEL.BACKBONE.NAME", "build_timm_fpn_p6p7_backbone", *MOBILENET]

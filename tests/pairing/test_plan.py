@@ -10,11 +10,11 @@ import torch
 import yaml
 from detectron2 import model_zoo
 
+from d2kd.check.estimate import in_words, seconds_of_training
 from d2kd.cli.main import main
 from d2kd.config import read_config
 from d2kd.errors import UserError
 from d2kd.pairing import finetune, make_plan
-from d2kd.pairing.estimate import in_words, seconds_of_training
 from d2kd.pairing.recipe import described_datasets, nested, write_recipe
 
 STUDENT, TEACHER = "shapes/baselines/fcos_tiny", "shapes/baselines/fcos_tiny_teacher"
