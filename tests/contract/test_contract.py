@@ -189,8 +189,9 @@ def test_finite_and_differentiable_on_odd_images(run, boxes):
 ON_REGIONS = ("loss_gdetkd", "loss_defeat_head")
 
 
-def test_sums_are_float32_under_autocast(run):
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_float32_under_autocast(run, dtype):
+    with torch.autocast("cpu", dtype):
         (step,) = run_steps(run.rewind(), count=1, backward=False)
     for name, value in step.losses.items():
         if is_distilled(name):
