@@ -6,6 +6,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from toys import STUDENTS, config, detector, distill_config
 
+from d2kd.checkpoint.student_config import modules_needed, student_config
 from d2kd.checkpoint.weights import checksum
 from d2kd.config import default_config, load_yaml
 from d2kd.distillation import TeacherStudent, build_detector, build_model, build_teacher_detector
@@ -13,7 +14,6 @@ from d2kd.distillation.build import _problem_of_schedule
 from d2kd.errors import UserError
 from d2kd.methods import DISTILLER_REGISTRY
 from d2kd.model_zoo import resolve_config
-from d2kd.student_config import modules_needed, student_config
 
 
 def test_no_method_is_the_plain_detector():
@@ -248,6 +248,17 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch, device, current):
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, _: self)
     build_detector(config(STUDENTS["FCOS"], ["MODEL.DEVICE", device]), "MODEL")
     assert found == current
+
+
+def test_what_is_built_beside_the_student_draws_no_random_number_of_the_run(tmp_path):
+    """A teacher and MGD's generators."""
+    cfg = distill_config(tmp_path, "FCOS", methods=["MGD"])
+    states = []
+    for build in (build_detector, build_model):
+        torch.manual_seed(0)
+        build(cfg)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 def test_moving_the_model_moves_the_teacher(tmp_path):

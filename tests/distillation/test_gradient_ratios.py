@@ -24,6 +24,19 @@ def test_ratios_of_known_gradients():
     )
 
 
+@pytest.mark.parametrize("size", [1e-8, 5.0])
+def test_gradients_of_half_precision_neither_vanish_nor_overflow(size):
+    level = torch.ones(16, dtype=torch.float16, requires_grad=True)
+    loss = size * level.float().sum()
+    ratios = gradient_ratios(loss, {"term": 2 * loss}, [level])
+    assert ratios["term"].item() == pytest.approx(2, rel=0.05)
+
+
+def test_ratios_are_finite_where_detection_has_no_gradient():
+    level = torch.ones(3, requires_grad=True)
+    assert gradient_ratios(0 * level.sum(), {"term": level.sum()}, [level])["term"].isfinite()
+
+
 def test_without_a_trained_fpn_there_is_nothing_to_compare():
     loss = torch.ones((), requires_grad=True)
     assert gradient_ratios(loss, {"term": loss}, []) == {}
@@ -54,3 +67,13 @@ def test_ratios_are_logged_by_period(tmp_path):
     with EventStorage(100) as storage:
         model(batch())
         assert "distill/pkd_feature/gradient" not in storage.latest()
+
+
+def test_a_term_that_stopped_has_no_ratio(tmp_path):
+    cfg = distill_config(tmp_path, "RetinaNet", ["DISTILL.FRS.CLS.STOP_ITER", 50])
+    model = build_model(cfg).train()
+    for iteration in (10, 99):
+        with EventStorage(iteration) as storage:
+            model(batch())
+    assert "distill/frs_feature/gradient" in storage.latest()
+    assert "distill/frs_cls/gradient" not in storage.latest()

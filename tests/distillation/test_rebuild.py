@@ -231,6 +231,15 @@ def test_mixed_precision_of_the_student_is_tried_on_the_teacher(tmp_path):
         rebuild(model.teacher, model.family, reads, mixed)
 
 
+def test_an_output_of_zeros_is_equal_to_itself(tmp_path):
+    model = build_model(distill_config(tmp_path, "FCOS"))
+    for parameter in model.teacher.detector.backbone.fpn_output3.parameters():
+        parameter.data.zero_()
+    reads = {read for asked in model.reads.values() for read in asked.teacher}
+    done = rebuild(model.teacher, model.family, reads, Options(mixed=True))
+    assert "outputs as of the file to 0e+00, in float16 to " in done
+
+
 def test_gradients_through_a_teacher_in_half_precision_survive(tmp_path):
     """A small loss has a small gradient, which is as exact: none of it passes through float16."""
     opts = ["DISTILL.TEACHER.PRECISION", "float16", "DISTILL.CROSSKD.DEPTH", 1]

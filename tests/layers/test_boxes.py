@@ -1,10 +1,10 @@
-"""The overlap of pairs of boxes."""
+"""The overlap of pairs of boxes, and its gradient."""
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from d2kd.layers import paired_iou
+from d2kd.layers import iou_log_loss, paired_iou
 
 
 def test_the_gradient_of_an_overlap_does_not_make_the_host_wait():
@@ -17,3 +17,11 @@ def test_the_gradient_of_an_overlap_does_not_make_the_host_wait():
     assert "aten::item" not in {event.key for event in found.key_averages()}
     assert iou.tolist() == pytest.approx([25 / (100 + 225 - 25), 0])
     assert boxes.grad.abs().sum() > 0
+
+
+def test_losses_of_boxes_without_area_are_finite():
+    box = torch.full((1, 4), 5.0, requires_grad=True)
+    iou, giou = paired_iou(box, box.detach())
+    loss = iou_log_loss(iou) + 1 - giou
+    loss.backward()
+    assert loss.isfinite() and box.grad.isfinite().all()

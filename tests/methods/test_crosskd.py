@@ -254,13 +254,19 @@ def test_an_adapter_is_trained_where_the_widths_differ(name):
         assert student.head.cls_subnet[1].num_channels == 16
     model = distilled(name, student, teacher)
     adapters = model.distillers["CrossKD"].adapters
-    assert {b: (a.in_channels, a.out_channels) for b, a in adapters.items()} == {
+    assert {b: (a.in_channels, *a.bias.shape) for b, a in adapters.items()} == {
         "cls": (16, 32),
         "bbox": (16, 32),
     }
     sum(terms(step(model, original_batch())).values()).backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in adapters.cls.parameters())
     assert len(distilled(name, *small_pair(name)).distillers["CrossKD"].adapters) == 0
+
+
+def test_boxes_of_a_teacher_that_sees_nothing_have_no_loss():
+    student, teacher = small_pair("gfl")
+    torch.nn.init.constant_(teacher.head.cls_score.bias, -200.0)  # all weights are 0 in float32
+    assert terms(step(distilled("gfl", student, teacher), original_batch()))["bbox"] == 0
 
 
 def test_only_what_is_wanted_is_computed():

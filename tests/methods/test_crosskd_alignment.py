@@ -1,8 +1,10 @@
 """CrossKD: a student's channels get the teacher's mean and deviation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from crosskd_cases import array, relative_error
+from crosskd_cases import array, distilled, relative_error, small_pair
 
 from d2kd.layers import channel_statistics, transfer_statistics
 from d2kd.methods.crosskd import MAX_GAIN, align_statistics
@@ -57,6 +59,18 @@ def test_an_almost_dead_channel_has_a_bounded_gradient(deviation):
     aligned.backward(torch.randn_like(aligned))
     assert torch.isfinite(aligned).all()
     assert student.grad.norm() < 20 * MAX_GAIN
+
+
+def test_the_method_bounds_it():
+    distiller = distilled("gfl", *small_pair("gfl")).distillers["CrossKD"]
+    torch.manual_seed(0)
+    dead = (0.3 + 1e-7 * torch.randn(2, 32, 8, 8)).requires_grad_()
+    statistics = [channel_statistics(torch.randn(2, 32, 8, 8))]
+    student = SimpleNamespace(tower=lambda _: [dead])
+    teacher = SimpleNamespace(tower_statistics=lambda _: statistics)
+    (aligned,) = distiller.hand_over("cls", student, teacher)
+    aligned.backward(torch.randn_like(aligned))
+    assert dead.grad.abs().max() < 20 * MAX_GAIN
 
 
 def test_a_nearly_constant_channel_gets_the_deviation_of_the_teacher():

@@ -206,6 +206,16 @@ def test_both_temperatures_are_used():
     assert warm[1] == decoupled_classification(s, t, labels, 4, 5.0, 5.0)[1] != cold[1]
 
 
+def test_an_ignored_region_counts_in_neither_term():
+    torch.manual_seed(0)
+    s, t, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, -1, 2])
+    found, expected = (
+        torch.stack(decoupled_classification(s[rows], t[rows], labels[rows], 2, 1.0, 1.0))
+        for rows in (slice(None), labels >= 0)
+    )
+    assert torch.allclose(found, expected)
+
+
 def test_equal_networks_give_zero():
     x, mask = torch.randn(2, 3, 4, 5), torch.rand(2, 4, 5) > 0.5
     assert decoupled_imitation(x, x, mask) == (0, 0)

@@ -10,8 +10,8 @@ from toys import AS_LOADED, batch, distill_config, gradients, step
 
 from d2kd.distillation import build_model
 from d2kd.errors import UserError
-from d2kd.methods.defeat import DeFeat
-from d2kd.views import Proposals, Stage
+from d2kd.methods.defeat import DeFeat, decoupled_classification
+from d2kd.views import Proposals, Regions, Stage
 
 KEY = "DISTILL.DEFEAT."
 NECK_OFF = [KEY + "NECK_OBJECT.WEIGHT", 0.0, KEY + "NECK_BACKGROUND.WEIGHT", 0.0]
@@ -139,6 +139,25 @@ def test_labels_are_those_of_the_sampling_that_made_the_boxes(tmp_path):
             assert torch.equal(classes < 6, iou >= 0.5) and (classes < 6).any()
             assert torch.equal(classes[iou >= 0.5], target.gt_classes[nearest][iou >= 0.5])
     assert not all(map(torch.equal, sampled[0].classes, sampled[1].classes))
+
+
+@every_sampler
+def test_head_terms_follow_from_the_views(tmp_path, sampler):
+    temperatures = [KEY + "OBJECT_TEMPERATURE", 2.0, KEY + "BACKGROUND_TEMPERATURE", 5.0]
+    opts = [*NECK_OFF, *HEAD_ON, *temperatures, KEY + "PROPOSALS_FROM", sampler]
+    model = model_of(tmp_path, "faster", opts)
+    views = seen_views(model)
+    terms = distilled(step(model, batch()))
+    student, teacher, _ = views[0]
+    samplers = {"student": [student], "teacher": [teacher], "both": [student, teacher]}[sampler]
+    expected = torch.zeros(2)
+    for view in samplers:
+        regions = view.proposals(Proposals())
+        logits = [v.regions(regions, Regions(predictions=True)).logits for v in (student, teacher)]
+        values = decoupled_classification(*logits, torch.cat(regions.classes), 6, 2.0, 5.0)
+        expected = expected + 2 * torch.stack(values)
+    found = torch.stack([terms["head_object"], terms["head_background"]])
+    assert torch.allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

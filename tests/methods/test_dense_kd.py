@@ -5,6 +5,8 @@ import os
 
 import pytest
 import torch
+from crosskd_cases import distilled, original_batch, small_pair
+from detectron2.modeling.box_regression import Box2BoxTransform
 from toys import batch, config, distill_config, step
 
 from d2kd.distillation import build_model
@@ -125,6 +127,21 @@ def test_any_box_loss_for_distributions(tmp_path, loss):
     value = step(model, batch())["loss_crosskd_bbox"]
     value.backward()
     assert torch.isfinite(value) and value > 0
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_head_that_predicts_a_box_decodes_it(method, side):
+    """Where it predicts deltas of another size, and decodes them so, the boxes are the same."""
+    losses = []
+    for size in (1.0, 4.0):
+        pair = small_pair("retinanet")
+        pair[side].box2box_transform = Box2BoxTransform(weights=(size,) * 4)
+        for parameter in pair[side].head.bbox_pred.parameters():
+            parameter.data.mul_(size)
+        terms = step(distilled("retinanet", *pair, method=method), original_batch())
+        losses.append(terms[f"loss_{method.lower()}_bbox"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_there_is_a_recipe_for_every_dense_detector():

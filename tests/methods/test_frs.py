@@ -142,6 +142,16 @@ def test_other_families_teach_features(tmp_path, pair):
     assert torch.isfinite(losses["loss_frs_feature"]) and "loss_frs_cls" not in losses
 
 
+def test_levels_that_both_have_are_compared_whatever_their_number(tmp_path):
+    """P4 is the student's first and the teacher's second."""
+    sizes = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]
+    key = "MODEL.ANCHOR_GENERATOR.SIZES"
+    opts = ["MODEL.RETINANET.IN_FEATURES", ["p4", "p5", "p6", "p7"], key, sizes[1:]]
+    model = build_model(distill_config(tmp_path, "RetinaNet", opts, teacher_opts=[key, sizes]))
+    assert model.distillers["FRS"].num_levels == 4
+    assert torch.isfinite(step(model, batch())["loss_frs_cls"])
+
+
 def test_a_term_that_is_off_reads_nothing(tmp_path):
     model = build_model(distill_config(tmp_path, "FCOS", ["DISTILL.FRS.CLS.WEIGHT", 0.0]))
     assert set(model.reads) == {("FRS", "feature")}

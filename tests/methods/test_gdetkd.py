@@ -102,6 +102,25 @@ def test_contrast_equals_a_loop(monkeypatch, chunk, in_denominator):
         assert torch.allclose(got, expected)
 
 
+@pytest.mark.parametrize("in_denominator", [True, False])
+def test_contrast_of_regions_is_that_of_their_projections(in_denominator):
+    torch.manual_seed(0)
+    options = {"proj_dim": 4, "gamma": 0.3, "queue_size": 0}
+    module = region_contrast(5, 6, positive_in_denominator=in_denominator, **options)
+    student, teacher = torch.randn(3, 5), torch.randn(3, 6)
+    loss, _ = module(student, teacher, RegionSet([BOXES], [torch.zeros(3).long()]))
+    vectors = (module.projection(x) for x in (module.adapter(student), teacher))
+    queries, keys = (F.normalize(x, dim=1) for x in vectors)
+    excluded = overlapping([BOXES], 0.5)
+    expected = contrastive_loss(queries, keys, excluded, QUEUE[:0], 0.3, in_denominator)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_without_a_projection_the_adapter_is_one_without_bias():
+    assert region_contrast(6, 6, proj_dim=0, queue_size=0).adapter.bias is None
+    assert isinstance(region_contrast(6, 6, proj_dim=8, queue_size=0).adapter, nn.Identity)
+
+
 def test_contrast_ignores_order_and_overlapping_copies():
     order = torch.tensor([2, 0, 1])
     excluded = overlapping([BOXES], 0.5)
@@ -188,6 +207,8 @@ def test_overlaps_stay_within_an_image():
     assert torch.equal(found, expected)
     assert not overlapping([BOXES], 1.0).any()
     assert torch.equal(overlapping([BOXES], 0.85), torch.eye(3, dtype=torch.bool))
+    half = Boxes(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]]))
+    assert torch.equal(overlapping([half], 0.5), torch.eye(2, dtype=torch.bool))
     assert overlapping([BOXES[:0], BOXES[:0]], 0.5).shape == (0, 0)
 
 

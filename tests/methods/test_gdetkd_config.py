@@ -1,4 +1,4 @@
-"""G-DetKD's config: what is refused."""
+"""G-DetKD's config: what is refused, and where numbers arrive."""
 
 import pytest
 from gdetkd_cases import CASCADE, CKD_OFF, KEY, PREDICTIONS_OFF, SGFI_ALONE, SGFI_OFF, model_of
@@ -156,3 +156,13 @@ def test_values_that_a_key_may_not_have_are_named_in_one_line(tmp_path, opts, me
 def test_renamed_keys_are_refused_with_their_new_name(tmp_path, old, value, new):
     message = f"DISTILL.GDETKD.{old} is now called DISTILL.GDETKD.{new}"
     refused(tmp_path, "FasterRCNN", [KEY + old, value], message)
+
+
+def test_numbers_reach_what_they_are_for(tmp_path):
+    contrast = {"GAMMA": 0.2, "POSITIVE_IN_DENOMINATOR": False, "NEGATIVE_IOU": 0.3}
+    sampling = {"PRE_NMS_TOPK": 70, "POST_NMS_TOPK": 40, "ROIS_PER_IMAGE": 30}
+    values = {**contrast, **{f"DENSE.{name}": value for name, value in sampling.items()}}
+    opts = [x for name, value in values.items() for x in (KEY + name, value)]
+    distiller = model_of(tmp_path, "RetinaNet", opts).distillers["GDetKD"]
+    for part, given in ((distiller.contrast, contrast), (distiller.source.sampling, sampling)):
+        assert {name: getattr(part, name.lower()) for name in given} == given

@@ -132,6 +132,19 @@ def test_boxes_are_clipped_and_empty_or_wild_ones_dropped():
     assert regions.boxes[0].tensor.tolist() == [[0, 0, 30, 30]]
 
 
+def test_what_is_not_finite_takes_nothing_from_others():
+    nan = float("nan")
+    view = synthetic([GOOD, NEAR, [nan, 0, 9, 9]], [0.5, 0.9, 0.1], [0, 0, 0])
+    assert chosen(view, [target([])], nms_thresh=0.7).keys() == {1}
+    view = synthetic([GOOD, FAR], [0.5, nan], [0, 0])
+    assert chosen(view, [target([])], post_nms_topk=1).keys() == {0}
+
+
+def test_an_overlap_of_the_threshold_is_positive():
+    view = synthetic([[0, 0, 40, 40]], [0.5], [0])
+    assert chosen(view, [target([[0, 0, 40, 20]], [1])], positive_fraction=1.0) == {0: 1}
+
+
 def test_none_left():
     view = synthetic([[5, 5, 5, 5]], [0.5], [0])
     for objects in (target([]), target([GOOD], [1])):

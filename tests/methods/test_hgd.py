@@ -6,7 +6,7 @@ import torch
 
 from d2kd.layers import valid_cells
 from d2kd.methods.hgd import element_weights, stage_weights, weighted_distance
-from d2kd.methods.hgd.distances import DISTANCES, squared_scale
+from d2kd.methods.hgd.distances import DISTANCES, LEAST_VARIANCE, squared_scale
 from d2kd.methods.hgd.weights import micro_weights
 
 TEACHER = torch.tensor([[3.0, 1, 0], [1, 0, 1]]).reshape(1, 2, 1, 3)
@@ -136,6 +136,14 @@ def test_the_scale_of_a_stage_does_not_matter(distance):
     for factor in (1e-3, 1e3):
         loss = stage_loss(factor * student, factor * teacher, valid, distance=distance)
         assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_dead_channel_has_the_least_variance():
+    _, teacher, _ = random_case()
+    teacher[:, 0] = 0
+    scale = squared_scale(teacher, torch.ones(2, 6, 8), "channel_std")
+    expected = LEAST_VARIANCE * scale[1:].sum().item() / len(scale)
+    assert scale[0].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_dead_maps_are_finite():

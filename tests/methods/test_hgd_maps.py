@@ -63,14 +63,19 @@ def distiller(pairs=PAIRS, **options):
     return HGD(pairs=pairs, **options)
 
 
+def mean_square(error, student, stride):
+    """Of the images of a batch, without their padding."""
+    valid = valid_cells(student.images.image_sizes, error.shape[-2:], stride, "cpu")
+    return torch.stack([error[n][:, valid[n]].square().mean() for n in range(2)]).mean()
+
+
 def test_without_weights_and_norm_it_is_fitnets():
     model = distiller(**FITNETS)
     student, teacher = views()
     losses = model(student, teacher, None)["feature"]
     for k, name in enumerate(("res2", "res3")):
-        error = (model.adapters[k](student.stages[name]) - teacher.stages[name]) ** 2
-        valid = valid_cells(student.images.image_sizes, error.shape[-2:], 4 * 2**k, "cpu")
-        plain = torch.stack([error[n][:, valid[n]].mean() for n in range(2)]).mean() / 2
+        error = model.adapters[k](student.stages[name]) - teacher.stages[name]
+        plain = mean_square(error, student, 4 * 2**k) / 2
         assert torch.allclose(losses[k], plain, rtol=1e-5)
 
 
@@ -171,7 +176,7 @@ def test_gap_weights_follow_the_error():
 def test_maps_of_other_resolution(stride, size):
     """The teacher's map is averaged to the student's, or the student's brought to the teacher's."""
     pair = StagePair("stages", Level("res3", 8, 4), (Level("res3", stride, 6),))
-    student, _ = views(sizes=((32, 48), (32, 48)))
+    student, _ = views(sizes=((32, 48), (16, 24)))
     student.stages["res3"] = torch.randn(2, 4, 4, 6, requires_grad=True)
     teacher = MadeUpView({"res3": torch.randn(2, 6, *size)})
     model = distiller([pair], **FITNETS)
@@ -181,7 +186,8 @@ def test_maps_of_other_resolution(stride, size):
         target = torch.nn.functional.avg_pool2d(target, 2)
     else:
         adapted = torch.nn.functional.avg_pool2d(adapted, 2)  # as bilinear does at a factor of 2
-    assert torch.allclose(loss, ((adapted - target) ** 2).mean(), rtol=1e-5)
+    expected = mean_square(adapted - target, student, max(stride, 8))
+    assert torch.allclose(loss, expected, rtol=1e-5)
     loss.backward()
     assert student.stages["res3"].grad.abs().sum() > 0
 
@@ -200,6 +206,19 @@ def test_learned_correspondence_finds_the_stage():
         model(student, teacher, None)["feature"].sum().backward()
         optimizer.step()
     assert model.mixing[0].softmax(0)[1] > 0.9
+
+
+def test_a_mix_is_compared_on_the_cells_of_the_student():
+    levels = (Level("p2", 4, 3), Level("p3", 8, 3))
+    student, teacher = views(sizes=((32, 48), (16, 24)))
+    torch.manual_seed(0)
+    teacher.features = {"p2": torch.randn(2, 3, 8, 12), "p3": torch.randn(2, 3, 4, 6)}
+    student.features = {"p3": torch.randn(2, 3, 4, 6)}
+    model = distiller([StagePair("features", levels[1], levels)], learned_shares=True, **FITNETS)
+    target = (resize(teacher.features["p2"], (4, 6)) + teacher.features["p3"]) / 2
+    error = model.adapters[0](student.features["p3"]) - target
+    loss = model(student, teacher, None)["feature"][0]
+    assert torch.allclose(loss, mean_square(error, student, 8), rtol=1e-5)
 
 
 @pytest.mark.parametrize("stride, size", [(4, (8, 12)), (16, (2, 3))])

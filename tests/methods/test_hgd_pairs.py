@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from d2kd.errors import UserError
 from d2kd.methods.hgd.pairs import resize, trained_stage_pairs
@@ -115,3 +116,5 @@ def test_resize_averages_or_interpolates():
     assert resize(x, (4, 4)) is x
     assert resize(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     assert resize(x, (8, 8)).shape == (1, 1, 8, 8)
+    interpolated = F.interpolate(x, (2, 8), mode="bilinear", align_corners=False)
+    assert torch.equal(resize(x, (2, 8)), interpolated)

@@ -99,7 +99,8 @@ def test_an_adapter_is_trained_where_the_widths_differ(tmp_path):
     distiller = model.distillers["MGD"]
     step(model, batch())["loss_mgd_feature"].backward()
     assert model.last_terms["MGD", "feature"].shape == (len(distiller.adapters),) == (5,)
-    assert all(a.weight.shape == (96, 64, 1, 1) for a in distiller.adapters)
+    adapters = distiller.adapters
+    assert all(a.weight.shape == (96, 64, 1, 1) and a.bias.shape == (96,) for a in adapters)
     assert all(g[i].weight.shape == (96, 96, 3, 3) for g in distiller.generators for i in (0, 2))
     assert all(p.grad.norm() > 0 for p in distiller.parameters())
 

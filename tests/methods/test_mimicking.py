@@ -1,10 +1,16 @@
 """Prediction mimicking: CrossKD's losses between the two heads' own predictions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from crosskd_cases import WEIGHTS, distilled, original_batch, relative_error, small_pair
 from crosskd_formulas import cross_losses
+from torch.nn import functional as F
 from toys import step
+
+from d2kd.layers import box_distribution_kl, quality_focal_kd
+from d2kd.views.families import DensePredictions
 
 
 def terms(losses):
@@ -35,3 +41,26 @@ def test_gradient_reaches_the_whole_head(name):
     sum(terms(step(model, original_batch())).values()).backward()
     idle = [n for n, p in student.head.named_parameters() if p.grad is None]
     assert all("ctrness" in n for n in idle) and bool(idle) == (name == "fcos")
+
+
+def test_exponent_and_temperature_reach_the_losses():
+    opts = ["BETA", 2.0, "TEMPERATURE", 3.0]
+    distiller = distilled("gfl", *small_pair("gfl"), opts, "Mimicking").distillers["Mimicking"]
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 1, 5, 3, 4)
+    expected = quality_focal_kd(ours, theirs, beta=2.0).sum(dim=1).flatten(1)
+    assert torch.allclose(distiller.class_loss([ours], [theirs]), expected)
+    ours, theirs = torch.randn(2, 1, 68, 3, 4)
+    teacher = SimpleNamespace(predictions=DensePredictions(deltas=[theirs]))
+    expected = box_distribution_kl(ours, theirs, num_anchors=1, temperature=3.0).flatten(1)
+    assert torch.allclose(distiller.box_loss([ours], None, teacher), expected)
+
+
+def test_centerness_of_half_precision_is_compared_in_float32():
+    distiller = distilled("atss", *small_pair("atss"), method="Mimicking").distillers["Mimicking"]
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 1, 1, 3, 4).half()
+    expected = F.binary_cross_entropy_with_logits(
+        ours.float(), theirs.float().sigmoid(), reduction="none"
+    )
+    assert torch.equal(distiller.centerness_loss([ours], [theirs]), expected.flatten(1))

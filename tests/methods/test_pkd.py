@@ -1,6 +1,7 @@
 """PKD: its loss by value and gradient, and its adapters."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,13 +57,24 @@ def test_the_gradient_of_an_almost_constant_channel_is_bounded():
     assert norm_of(MAX_GAIN) < 10 < 100 < norm_of(math.inf)
 
 
+def test_the_method_bounds_it(tmp_path):
+    model = build_model(distill_config(tmp_path, "FCOS", methods=("PKD",)))
+    names = [level.name for level in model.family.levels]
+    torch.manual_seed(0)
+    dead = {x: (3 + 1e-6 * torch.randn(2, 64, 16, 16)).requires_grad_() for x in names}
+    live = {x: torch.randn(2, 64, 16, 16) for x in names}
+    views = (SimpleNamespace(features=maps) for maps in (dead, live))
+    model.distillers["PKD"](*views, [])["feature"].sum().backward()
+    assert all(x.grad.norm() < 10 for x in dead.values())
+
+
 def test_an_adapter_is_trained_where_the_widths_differ(tmp_path):
     opts = ["MODEL.FPN.OUT_CHANNELS", 96]
     model = build_model(distill_config(tmp_path, "FCOS", teacher_opts=opts, methods=("PKD",)))
     adapters = model.distillers["PKD"].adapters
     step(model, batch())["loss_pkd_feature"].backward()
     assert model.last_terms["PKD", "feature"].shape == (len(adapters),) == (5,)
-    assert all(a.weight.shape == (96, 64, 1, 1) for a in adapters)
+    assert all(a.weight.shape == (96, 64, 1, 1) and a.bias.shape == (96,) for a in adapters)
     assert all(a.weight.grad.norm() > 0 for a in adapters)
 
 

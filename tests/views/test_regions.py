@@ -39,3 +39,9 @@ def test_the_host_waits_once_per_image():
     with HostSyncs(nn.Identity()) as syncs:
         regions_of(True).where([torch.tensor(kept, dtype=torch.bool) for kept in KEPT])
     assert len(syncs.found) == len(KEPT)
+
+
+def test_a_mean_over_no_valid_region_is_zero():
+    boxes, classes = [Boxes(torch.zeros(2, 4))], [torch.zeros(2)]
+    regions = RegionSet(boxes, classes, valid=torch.zeros(2, dtype=torch.bool))
+    assert regions.mean(torch.ones(2)) == 0

@@ -39,8 +39,8 @@ every_detector = pytest.mark.parametrize("name", DETECTORS)
 
 
 def two_stage(name, seed=0, opts=()):
-    small = ["MODEL.FPN.OUT_CHANNELS", 32]
-    return detector(STUDENTS["FasterRCNN"], [*small, *DETECTORS[name], *opts], seed=seed)
+    common = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", 16]
+    return detector(STUDENTS["FasterRCNN"], [*common, *DETECTORS[name], *opts], seed=seed)
 
 
 def inputs_with_masks_and_keypoints():

@@ -6,6 +6,7 @@ from detectron2.structures import BitMasks, Boxes
 from detectron2.utils.events import EventStorage
 from test_roi_views import (
     POOLED,
+    PREDICTIONS,
     inputs_with_masks_and_keypoints,
     student_view,
     targets_of,
@@ -13,6 +14,7 @@ from test_roi_views import (
     teacher_of,
     two_stage,
 )
+from toys import batch
 
 from d2kd.views import Proposals, build_family
 
@@ -35,3 +37,13 @@ def test_masks_are_left_alone_when_a_teacher_samples(monkeypatch):
     with EventStorage():
         regions = teach(frozen, view, inputs).proposals(Proposals())
     assert len(Boxes.cat(regions.boxes)) > 0 and targets_of(inputs)[0].has("gt_masks")
+
+
+def test_the_box_head_runs_in_the_precision_of_the_teacher():
+    _, view = student_view(two_stage("faster"), batch())
+    frozen = teacher_of(view)
+    frozen.precision_name = "bfloat16"
+    with EventStorage():
+        taught = teach(frozen, view, batch())
+    regions = view.proposals(Proposals())
+    assert taught.regions(regions, PREDICTIONS).logits.dtype == torch.bfloat16

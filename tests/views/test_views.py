@@ -73,6 +73,30 @@ def test_same_preprocessing_is_done_once():
     assert student.images.image_sizes == [(96, 128), (80, 100)]
 
 
+def test_channels_are_flipped_where_nothing_else_differs():
+    opts = ["MODEL.PIXEL_MEAN", [127.5] * 3, "MODEL.PIXEL_STD", [60.0] * 3]
+    student, net = (detector(STUDENTS["FCOS"], opts, seed=i) for i in range(2))
+    teacher = Teacher(net, input_format="RGB", student=student, student_format="BGR")
+    inputs = batch()
+    images = build_family(student).preprocess(inputs)
+    assert torch.equal(teacher.preprocess(inputs, images).tensor, images.tensor.flip(1))
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+def test_a_backbone_that_takes_images_of_any_size(side):
+    """Its grid is 0."""
+    nets = [detector(STUDENTS["RetinaNet"], seed=i) for i in range(2)]
+    nets[side].backbone._size_divisibility = 0
+    inputs, family = batch([(90, 120)]), build_family(nets[0])
+    images = family.preprocess(inputs)
+    teacher = Teacher(nets[1], input_format="BGR", student=nets[0], student_format="BGR")
+    h, w = images.tensor.shape[-2:]
+    height, width = teacher.preprocess(inputs, images).tensor.shape[-2:]
+    assert height >= h and width >= w
+    levels = [torch.zeros(1, 1, -(-h // x.stride), -(-w // x.stride)) for x in family.levels]
+    assert family.assign(family.anchors(levels), [x["instances"] for x in inputs]).valid.any()
+
+
 @pytest.mark.parametrize("grids", [(32, 64), (64, 32)], ids=["teacher coarser", "student coarser"])
 def test_levels_fit_when_paddings_differ(grids):
     nets = [detector(STUDENTS["RetinaNet"], seed=i) for i in range(2)]
@@ -211,3 +235,13 @@ def test_a_low_quality_match_outside_of_its_box_is_not_central():
     (inputs,) = batch(sizes=((96, 128),), boxes=[[[41.0, 30.0, 46.0, 50.0]]])
     targets = family.assign(family.anchors(levels), [inputs["instances"]])
     assert targets.positive.sum() == 1 and targets.centerness.sum() == 0
+
+
+def test_boxes_of_half_precision_are_decoded_in_float32():
+    """Detectron2's FCOS would round centres to the type of the deltas."""
+    family = build_family(detector(STUDENTS["FCOS"]))
+    torch.manual_seed(0)
+    deltas = [torch.rand(1, 4, -(-96 // x.stride), -(-128 // x.stride)) for x in family.levels]
+    deltas, anchors = [x.half() for x in deltas], family.anchors(deltas)
+    expected = family.decode([x.float() for x in deltas], anchors)
+    assert torch.equal(family.decode(deltas, anchors), expected)
