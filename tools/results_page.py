@@ -59,6 +59,8 @@ DETECTORS = {
     "Mask R-CNN": ("mask_rcnn", ("methods_mask_rcnn",)),
     "RetinaNet, of a Faster R-CNN": ("heterogeneous_retinanet", ("heterogeneous_retinanet",)),
     "FCOS, of a Faster R-CNN": ("heterogeneous_fcos", ("heterogeneous_fcos",)),
+    "ATSS, of a Faster R-CNN": ("heterogeneous_atss", ("heterogeneous_atss",)),
+    "GFL, of a Faster R-CNN": ("heterogeneous_gfl", ("heterogeneous_gfl",)),
     "RetinaNet, pretrained": ("retinanet", ("pretrained_retinanet",)),
 }
 # Where a search preferred a share of 2, its row follows that of 8.
@@ -217,7 +219,8 @@ def matrix(kind: str) -> str:
         plain = next(iter(by_label(read_runs(names[0])).values()))
         aps = mean_and_deviation([cell.results["AP"] for cell in plain])
         entries = matrix_row(short, names, equal_time=kind == "equal time")
-        body.append([detector, aps, *(entries.get(method, "") for method in METHODS)])
+        if entries:  # in equal time, those whose steps were timed
+            body.append([detector, aps, *(entries.get(method, "") for method in METHODS)])
     return _markdown(body, ["student", "AP alone", *METHODS])
 
 
