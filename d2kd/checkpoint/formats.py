@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 CLASSES = "classes"
 # Endings of the names of what has to be real numbers
 _WEIGHTS = (".weight", ".bias", ".running_mean", ".running_var")
-_MOST_PER_BYTE = 64  # numbers in tensors, some of which share what is stored
+_MAX_PER_BYTE = 64  # numbers in tensors, some of which share what is stored
 _BOTTOM_UP = "backbone.bottom_up."
 
 
@@ -77,7 +77,7 @@ def _expect_weights(state: Any, path: str) -> None:
             raise Unreadable(f"its '{name}' is no plain tensor of real numbers ({kind})")
     tensors = [x for x in state.values() if isinstance(x, torch.Tensor)]
     numbers, size = sum(x.numel() for x in tensors), os.path.getsize(path)
-    if numbers > _MOST_PER_BYTE * size:  # tensors that repeat what is stored once
+    if numbers > _MAX_PER_BYTE * size:  # tensors that repeat what is stored once
         raise Unreadable(f"its tensors have {numbers:,} numbers, and the file {size:,} bytes")
 
 

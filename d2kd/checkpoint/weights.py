@@ -160,7 +160,9 @@ def refuse_missing(path: str, key: str) -> None:
         UserError: if the file is missing or cannot be opened.
     """
     if path and not is_address(path):
-        with reading(path, key), open(path.partition("?")[0], "rb"):  # Detectron2 takes options
+        # Detectron2 takes options behind a file's name
+        file = path if os.path.exists(path) else path.partition("?")[0]
+        with reading(path, key), open(file, "rb"):
             pass
 
 

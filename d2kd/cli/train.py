@@ -15,7 +15,7 @@ examples:
 import argparse
 import os
 import tempfile
-from typing import List
+from typing import List, Sequence
 
 from d2kd.check.estimate import in_words, seconds_of_training
 from d2kd.checkpoint import checkpoint_names, refuse_occupied
@@ -98,9 +98,9 @@ def _write(plan: Plan, args: argparse.Namespace) -> str:
     return plan.write(replace=args.force_resume)
 
 
-def _set_up(recipe: str, args: argparse.Namespace) -> None:
+def _set_up(recipe: str, args: argparse.Namespace, opts: Sequence[str] = ()) -> None:
     """Refuses a run that could not start."""
-    setup(argparse.Namespace(**{**vars(args), "config_file": recipe, "opts": []}))
+    setup(argparse.Namespace(**{**vars(args), "config_file": recipe, "opts": list(opts)}))
 
 
 def _finetune(plan: Plan, args: argparse.Namespace) -> None:
@@ -120,7 +120,10 @@ def _finetune(plan: Plan, args: argparse.Namespace) -> None:
         steps = f"{cfg.SOLVER.MAX_ITER} iterations of {images} images"
         print(f"step {number}   {what}: {steps}, {time} without data and evaluation", flush=True)
     if not is_trained(plan.teacher_folder):
-        _set_up(second, args)  # not only once the teacher is trained
+        # What keeps the student's run from starting is told now. It may start from the teacher
+        below = os.path.join(os.path.realpath(plan.teacher_folder), "")
+        from_teacher = os.path.realpath(cfg.MODEL.WEIGHTS).startswith(below)
+        _set_up(second, args, ["MODEL.WEIGHTS", ""] if from_teacher else [])
         train_teacher(first, _process_options(args))
 
 

@@ -198,7 +198,8 @@ def _worst_error(loaded: Outputs, teacher: Teacher, student: Family, tolerance: 
         cause, other = "rebuilt for speed", "as loaded"
         remedy = "FOLD_NORMS, CHANNELS_LAST or COMPILE to False"
     else:
-        cause, other, remedy = "in half precision", "in float32", "PRECISION to float32"
+        cause, other = "in half precision", "in float32"
+        remedy = "PRECISION to float32, and COMPILE to False if it is on"
     raise UserError(
         f"DISTILL.TEACHER: {cause}, the teacher gives other outputs than {other}: its {read} "
         f"differ by {errors[read]:.1g} of their value ({tolerance:g} can be rounding): set {remedy}"

@@ -212,8 +212,8 @@ class TeacherStudent(nn.Module):
             first = next(iter(losses))
             losses[first] = losses[first] + 0.0 * torch.stack([p.sum() for p in idle]).sum()
         # The optimizer's step may follow several passes
-        before = idle if self._idle is None else self._idle
-        self._idle = [p for p in idle if p in set(before)]
+        before = set(idle if self._idle is None else self._idle)
+        self._idle = [p for p in idle if p in before]
         return losses
 
 

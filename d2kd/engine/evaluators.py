@@ -1,10 +1,17 @@
 """The evaluator of a data set, by the set's kind."""
 
 import os
+from typing import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
 
 from d2kd.errors import UserError
 
@@ -39,6 +46,19 @@ def refuse_without_evaluator(dataset_name: str) -> None:
             f"DATASETS.TEST names '{dataset_name}', whose evaluator_type is '{kind}': d2kd "
             f"evaluates {', '.join(EVALUATORS)}"
         )
+
+
+def add_missing_info(evaluators: Sequence[DatasetEvaluator]) -> None:
+    """Lets COCO files without ``info`` do, with which some versions of pycocotools end in an error.
+
+    Args:
+        evaluators: of any kind, also several in one.
+    """
+    for evaluator in evaluators:
+        if isinstance(evaluator, DatasetEvaluators):
+            add_missing_info(evaluator._evaluators)
+        elif isinstance(evaluator, COCOEvaluator):
+            evaluator._coco_api.dataset.setdefault("info", {})
 
 
 def _kind_of(dataset_name: str) -> str:

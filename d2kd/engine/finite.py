@@ -7,7 +7,6 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from d2kd.checkpoint import first_not_finite
 from d2kd.distillation import TeacherStudent
@@ -174,8 +173,7 @@ def _first_output(
 
     def look(side: str, name: str):
         def hook(module: nn.Module, args: Tuple, output: Any) -> None:
-            tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-            if not found and not all(x.isfinite().all() for x in tensors):
+            if not found and not all(t.isfinite().all() for t in _tensors(output)):
                 found.append((side, name or type(module).__name__))
 
         return hook
@@ -196,3 +194,15 @@ def _first_output(
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)

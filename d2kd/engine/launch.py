@@ -97,6 +97,7 @@ def _choose_weights(cfg: CfgNode, resume: bool) -> None:
             "MODEL.WEIGHTS is empty, there is nothing to evaluate: give the student's checkpoint, "
             f"for instance 'MODEL.WEIGHTS {final}'"
         )
+    refuse_missing(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
 
 
 def _refuse_start(cfg: CfgNode, args: argparse.Namespace) -> None:

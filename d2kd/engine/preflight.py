@@ -164,7 +164,8 @@ def refuse_other_classes(names: Sequence[str], student: nn.Module) -> None:
         UserError: if the data has another number of classes than the student.
     """
     family = find_family(student)  # a plain detector may be of a kind without one
-    in_data, in_model = len(class_names_of(names)) or None, family and family.num_classes
+    in_data = next(filter(None, (len(class_names_of([name])) for name in names)), None)
+    in_model = family and family.num_classes
     if None not in (in_data, in_model) and in_data != in_model:
         raise UserError(
             f"DATASETS.TRAIN {tuple(names)} has {in_data} classes, but the student predicts "

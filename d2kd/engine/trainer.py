@@ -18,7 +18,7 @@ from detectron2.engine import (
     TrainerBase,
     hooks,
 )
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
@@ -44,7 +44,7 @@ from d2kd.one_line import exit_status
 from . import lazy_parts
 from .accumulation import accumulated_step
 from .averaging import ema_hook
-from .evaluators import build_evaluator
+from .evaluators import add_missing_info, build_evaluator
 from .failures import as_user_error, keep_quiet_of_user_errors
 from .finite import FiniteLosses
 from .hooks import CostHook, GradScaleHook, ScheduleHook, best_hook, precise_bn_hook
@@ -136,7 +136,8 @@ class DistillTrainer(DefaultTrainer):
         )
 
     def build_hooks(self) -> List[HookBase]:
-        """Detectron2's in their order, d2kd's own among them."""
+        """Detectron2's in their order, d2kd's own among them. What another trainer class makes of
+        that list is not taken over."""
         model, cfg, is_main = self.bare_model, self.cfg, comm.is_main_process()
         batches, period = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.CHECKPOINT_PERIOD
         average = ema_hook(cfg, self.student, self._trainer.optimizer, self.checkpointer)
@@ -380,10 +381,7 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         build = lazy_parts.build_evaluator if is_lazy(cfg) else build_evaluator
-        evaluator = build(cfg, dataset_name)
-        if isinstance(evaluator, COCOEvaluator):  # some pycocotools cannot do without
-            evaluator._coco_api.dataset.setdefault("info", {})
-        return evaluator
+        return build(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
@@ -392,6 +390,7 @@ class DistillTrainer(DefaultTrainer):
         with preserve_rng_state():
             if evaluators is None:
                 evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+            add_missing_info(evaluators)
             stoppable = [StoppableEvaluator(evaluator) for evaluator in evaluators]
             results = super().test(cfg, model, stoppable)
         if comm.is_main_process():

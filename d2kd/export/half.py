@@ -1,10 +1,9 @@
 """Half precision where it costs nothing: in the networks, not in the boxes."""
 
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 # Convolutions and layers whose outputs are features, logits and deltas. What turns these into
 # boxes stays in float32: half precision counts pixels above 1024 by twos.
@@ -29,10 +28,16 @@ def halve(detector: nn.Module) -> None:
 
 def _halve(part: nn.Module) -> None:
     part.half()
-    part.register_forward_pre_hook(lambda _, inputs: _converted(inputs, torch.float16))
-    part.register_forward_hook(lambda _, inputs, outputs: _converted(outputs, torch.float32))
+    part.register_forward_pre_hook(lambda _, inputs: _converted(inputs, Tensor.half))
+    part.register_forward_hook(lambda _, inputs, outputs: _converted(outputs, Tensor.float))
 
 
-def _converted(values: Any, dtype: torch.dtype) -> Any:
-    """With the floating-point tensors in lists, tuples and dictionaries in another type."""
-    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, values)
+def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """Converts the floating-point tensors in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return convert(value) if torch.is_floating_point(value) else value
+    if isinstance(value, dict):
+        return {key: _converted(x, convert) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_converted(x, convert) for x in value)
+    return value

@@ -16,7 +16,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from d2kd.checkpoint import read_weights
+from d2kd.checkpoint import read_weights, refuse_missing
 from d2kd.checkpoint.files import Unreadable, read_file
 from d2kd.checkpoint.weights import SafeCheckpointer
 from d2kd.errors import UserError
@@ -234,6 +234,16 @@ def test_an_empty_file_and_none(tmp_path):
     (tmp_path / "model.pth").touch()
     assert "the file is empty" in refused(tmp_path / "model.pth")
     assert "no such file" in refused(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("made, given", [("a?b.pth", "a?b.pth"), ("a.pth", "a.pth?matching=1")])
+def test_what_is_not_missing(tmp_path, made, given):
+    (tmp_path / made).touch()
+    refuse_missing(str(tmp_path / given), "MODEL.WEIGHTS")
+    refuse_missing("", "MODEL.WEIGHTS")
+    refuse_missing("https://nowhere/x.pth", "MODEL.WEIGHTS")
+    with pytest.raises(UserError, match="MODEL.WEIGHTS is '.*c.pth': no such file"):
+        refuse_missing(str(tmp_path / "c.pth"), "MODEL.WEIGHTS")
 
 
 def test_text(tmp_path):

@@ -81,6 +81,12 @@ def test_a_student_that_could_not_start_is_told_before_its_teacher_is_trained(
     assert not started
 
 
+def test_a_student_may_start_from_the_teacher_that_is_trained_first(started, tmp_path):
+    opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", f"{tmp_path}/teacher/model_final.pth"]
+    main(["train", *NAMES, "--finetune-teacher", "--num-gpus", "0", *opts])
+    assert len(started) == 2
+
+
 def test_changes_can_be_insisted_on_by_names(started, tmp_path, monkeypatch):
     words = ["train", *NAMES, "--finetune-teacher", "--num-gpus", "0", "OUTPUT_DIR", str(tmp_path)]
     main([*words, "SOLVER.MAX_ITER", "5"])

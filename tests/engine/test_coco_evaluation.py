@@ -12,15 +12,16 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.structures import Boxes, BoxMode, Instances
 from toys import detector
 
 from d2kd.checkpoint import load_trained_weights
 from d2kd.data.builtin import register_shapes
 from d2kd.data.shapes import SPECS
-from d2kd.engine import DistillTrainer, coco_evaluation
+from d2kd.engine import coco_evaluation
 from d2kd.engine.coco_evaluation import FasterCOCOEvaluator, coco_evaluator
+from d2kd.engine.evaluators import add_missing_info
 from d2kd.errors import UserError
 
 sys.path.append(os.path.join(os.path.dirname(__file__), os.pardir, os.pardir, "tools"))
@@ -219,12 +220,12 @@ def test_a_file_without_info_will_do(made, monkeypatch, fast):
     name, data, detections, folder = made
     data.pop("info", None)
     register(name, data, str(folder / "annotations.json"))
-    MetadataCatalog.get(name).evaluator_type = "coco"
     if not fast:
         monkeypatch.setattr(coco_evaluation, "faster_coco_eval", None)
-    evaluator = DistillTrainer.build_evaluator(get_cfg(), name)
-    evaluator._output_dir = None
+    evaluator = coco_evaluator(get_cfg(), name, None)
     assert isinstance(evaluator, FasterCOCOEvaluator) == fast
+    add_missing_info([DatasetEvaluators([evaluator])])
+    assert evaluator._coco_api.dataset["info"] == {}
     assert 0 < evaluate(evaluator, detections)["bbox"]["AP"] < 100
 
 

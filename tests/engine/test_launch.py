@@ -57,7 +57,11 @@ def test_a_plain_detector_of_a_kind_that_nothing_reads_is_trained(run, tmp_path)
 def test_missing_weights_are_told_before_anything_is_built(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(launch, "run", None)
-        assert "MODEL.WEIGHTS is '/no.pth': no such file" in run(FRS, "MODEL.WEIGHTS", "/no.pth")
+        patch.setattr(launch, "refuse_unusable", None)
+        patch.setattr(launch, "refuse_not_evaluated", None)
+        for flags in ([], ["--eval-only"]):
+            message = run(FRS, "MODEL.WEIGHTS", "/no.pth", flags=flags)
+            assert "MODEL.WEIGHTS is '/no.pth': no such file" in message
     torch.save({"model": detector(FCOS).state_dict()}, tmp_path / "start.pth")
     assert run(FRS, "MODEL.WEIGHTS", tmp_path / "start.pth") is None
     (tmp_path / "start.pth").unlink()  # a run that goes on does not read it

@@ -63,7 +63,8 @@ def test_it_has_its_sections_and_needs_nothing_else(page):
 
 
 def test_it_says_what_was_learned_from_what(page, distilled):
-    assert "FRS" in page.text and "loss_frs_feature" in page.text and "teacher.pth" in page.text
+    assert "FRS" in page.text and "loss_frs_feature" in page.text
+    assert "teacher.pth, after " in page.text or "teacher.pth, written " in page.text
     assert "the baseline, learned from the ground truth alone" in page.text
     assert (
         "SOLVER: ACCUMULATION_STEPS: 1 AMP:" in page.text
