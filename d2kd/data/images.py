@@ -81,7 +81,9 @@ def check_image(entry: Mapping[str, Any]) -> Optional[Finding]:
         none.
     """
     path = entry.get("file_name")
-    found = path and (_unopened(path) or too_deep(path) or _unreadable_or_odd(path, entry))
+    if path is None:
+        return None
+    found = _unopened(path) or too_deep(path) or _unreadable_or_odd(path, entry)
     return found._replace(image=entry.get("image_id")) if found else None
 
 

@@ -15,7 +15,7 @@ from d2kd.config import default_config
 from d2kd.data.annotations import check_annotations
 from d2kd.data.check import check_annotation_files, check_evaluation, load_training_dicts
 from d2kd.data.findings import ERROR, WARNING, summary
-from d2kd.data.images import check_images
+from d2kd.data.images import check_image, check_images
 from d2kd.data.sets import inspect_dataset
 from d2kd.errors import UserError
 
@@ -245,6 +245,11 @@ def test_processes_find_the_same(tmp_path, processes):
         for i in range(NUMBER)
     ]
     assert [f.image for f in check_images(dicts, processes)] == [1]
+
+
+def test_a_name_that_is_empty_is_that_of_no_image():
+    assert check_image({"file_name": "", "image_id": 3})[::4] == ("image missing", 3)
+    assert check_image({"image_id": 3}) is None
 
 
 def test_a_set_without_a_file_is_looked_into_as_well():
