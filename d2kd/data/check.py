@@ -132,13 +132,16 @@ def check_annotation_files(cfg: CfgNode, training: bool = True) -> None:
                 refuse_errors(findings, f"DATASETS.{key}")
 
 
-def check_evaluation(cfg: CfgNode, training: bool = True) -> None:
+def check_evaluation(
+    cfg: CfgNode, training: bool = True, refuse_kind: Callable[[str], None] = lambda name: None
+) -> None:
     """Reads the sets of DATASETS.TEST, so that a run does not find out at its end that it cannot
     be evaluated.
 
     Args:
         cfg: of a run.
         training: it is a run that trains, with the same classes.
+        refuse_kind: raises if there is no evaluator for the set of that name, once it is loaded.
 
     Raises:
         UserError: unknown names, missing or corrupt files, other classes than those that are
@@ -151,6 +154,7 @@ def check_evaluation(cfg: CfgNode, training: bool = True) -> None:
                 dicts = DatasetCatalog.get(name)
         except UserError as error:
             raise UserError(f"DATASETS.TEST: {error}") from error
+        refuse_kind(name)
         if not dicts:
             raise UserError(f"DATASETS.TEST: {name} holds no image")
         if not any("annotations" in d for d in dicts):

@@ -90,9 +90,10 @@ def refuse_no_evaluation(cfg: CfgNode, training: bool = True) -> None:
     Raises:
         UserError: see there; and for a kind of set that d2kd has no evaluator for.
     """
-    check_evaluation(cfg, training)
-    for name in () if is_lazy(cfg) else cfg.DATASETS.TEST:
-        refuse_without_evaluator(name)
+    if is_lazy(cfg):
+        check_evaluation(cfg, training)
+    else:
+        check_evaluation(cfg, training, refuse_without_evaluator)
 
 
 def refuse_settings(cfg: CfgNode) -> None:

@@ -109,8 +109,16 @@ def test_an_unknown_evaluator(command):
     "names, said",
     [("()", "DATASETS.TEST is empty"), ("('start_vall',)", "no data set 'start_vall'")],
 )
-def test_evaluating_on_nothing_or_on_what_is_not_known(command, names, said):
-    opts = ["MODEL.WEIGHTS", "x.pth", "DATASETS.TEST", names, "DATASETS.TRAIN", "()"]
+def test_evaluating_on_nothing_or_on_what_is_not_known(command, tmp_path, names, said):
+    (tmp_path / "x.pth").touch()
+    opts = [
+        "MODEL.WEIGHTS",
+        str(tmp_path / "x.pth"),
+        "DATASETS.TEST",
+        names,
+        "DATASETS.TRAIN",
+        "()",
+    ]
     assert said in command(*opts, flags=["--eval-only"])
 
 
