@@ -116,9 +116,9 @@ def _all_bits_of_float32() -> Iterator[None]:
     """Inside of it, NVIDIA's convolutions and products do not round float32 to 10 bits (TF32),
     which would differ more between two ways to compute the same than a mistake does."""
     backends = torch.backends
-    if hasattr(backends, "fp32_precision"):  # torch 2.9: the two ways cannot be mixed
+    if hasattr(backends, "fp32_precision"):  # from torch 2.9 on: the two ways cannot be mixed
         name, exact = "fp32_precision", "ieee"
-        parts = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+        parts = (backends.cudnn.conv, backends.cuda.matmul)
         parts += (backends.mkldnn.conv, backends.mkldnn.matmul)
     else:
         name, exact = "allow_tf32", False
